@@ -1,0 +1,44 @@
+# One command per job; CI runs the same ones. Nothing is written outside the checkout but the model cache.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check format stubs bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> creating the environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "==> installing SplitServe and what it needs (torch, UCX, Redis; a few minutes the first time)"
+	@$(BIN)/python -m pip install --progress-bar on --quiet -c constraints.txt -e '.[dev,ucx-cu12,redis-server]'
+	@touch $@
+	@echo "==> installed"
+
+demo: install
+	@$(BIN)/python examples/demo.py
+
+test: install
+	@$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python proto/generate.py --check
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stubs: install
+	$(BIN)/python proto/generate.py
+
+bench: install
+	$(BIN)/splitserve bench serve
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

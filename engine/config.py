@@ -1,0 +1,25 @@
+"""What an engine is told at its start; measured sizes live elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One model on one worker. Names and defaults follow vLLM where it has the same thing."""
+
+    model: str  # directory, .gguf file, hub id or alias
+    dtype: str = "auto"  # "auto" (bfloat16), "float32" or "bfloat16"; weights, activations and KV
+    max_model_len: int | None = None  # tokens; None: what the model was trained for
+    max_num_seqs: int = 64  # sequences in one step
+    max_num_batched_tokens: int = 512  # rows in one step: the chunk size of chunked prefill
+    block_tokens: int = 16
+    kv_cache_memory: int | None = None  # bytes; None: a share of the free memory
+    enable_prefix_caching: bool = True
+    threads: int | None = None  # None: one for each core that the process may use
+    kernels: str = "auto"  # backend of `kernels.load_kernels`
+
+    def __post_init__(self) -> None:
+        assert self.block_tokens in (16, 32)
+        assert self.max_num_seqs > 0 and self.max_num_batched_tokens >= self.max_num_seqs

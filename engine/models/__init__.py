@@ -1,0 +1,1 @@
+"""Model definitions written for the paged KV pool."""

@@ -1,0 +1,90 @@
+"""What the engine calls on tensors: one small set of functions that every backend provides.
+
+A backend knows tensors, block tables and nothing else: no requests, no scheduler. Every backend passes
+``tests/kernels/test_contract.py`` against :mod:`kernels.reference`. Rows of a step are its tokens, grouped by
+sequence; sequences with a single row (decodes) come first, so a backend may treat the two groups apart.
+
+Notation: T rows, S sequences, Hq query heads, Hkv KV heads, D head size, L layers, B tokens a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the rows of one step stand in their sequences and in the pool.
+
+    A row's K and V are written at its slot before attention; row ``r`` of sequence ``s`` then attends to the
+    pool's tokens ``0 … positions[r]`` of that sequence (causal).
+    """
+
+    positions: Tensor  # [T] int64, place of each row in its sequence, from 0
+    slots: Tensor  # [T] int64, block id * B + offset in the block
+    query_start: Tensor  # [S + 1] int32, first row of each sequence; the last entry is T
+    context_lens: Tensor  # [S] int32, tokens of each sequence in the pool after this step's write
+    block_tables: Tensor  # [S, max_blocks] int32, block ids in order; entries past the context are any valid id
+    num_decodes: int  # the first so many sequences have exactly one row
+    max_query: int  # most rows of one sequence
+    max_context: int  # largest of context_lens
+
+
+class Linear(Protocol):
+    """A linear layer whose weight was packed for the backend once."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [T, K]`` -> ``[T, N]`` of the same dtype: ``x @ weight.T + bias``, accumulated in float32."""
+        ...
+
+
+class Kernels(Protocol):
+    """One backend. Tensors share a device and, unless said otherwise, the model's dtype."""
+
+    name: str
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """``weight [N, K]``, ``bias [N]``. The backend may keep its own copy; the caller drops its own."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``x [..., D] / sqrt(mean(x²) + eps) * weight [D]``; the statistics in float32. ``x`` may be strided
+        in all but its last dimension. https://arxiv.org/abs/1910.07467"""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``residual += x`` in place, then the norm of the sum. ``x, residual [T, D]``, contiguous."""
+        ...
+
+    def rope_kv_write(
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch
+    ) -> None:
+        """Rotates ``q`` and ``k`` in place (halves, as GPT-NeoX) and writes ``k`` and ``v`` to the rows' slots.
+
+        ``q [T, Hq, D]``, ``k, v [T, Hkv, D]``: views of one qkv row, strided in the first dimension.
+        ``cos_sin [positions, D]`` float32, cosines in the first half. ``kv [blocks, Hkv, L, 2, B, D]``.
+        https://arxiv.org/abs/2104.09864"""
+        ...
+
+    def paged_attention(
+        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """Causal attention of ``q [T, Hq, D]`` over the sequences' blocks -> ``[T, Hq * D]`` contiguous.
+
+        Query head ``h`` reads KV head ``h // (Hq // Hkv)``. ``kv [blocks, Hkv, L, 2, B, D]``, K at index 0."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """``gate_up [T, 2 * I]`` -> ``silu(gate) * up``, ``[T, I]``. https://arxiv.org/abs/2002.05202"""
+        ...
+
+
+def pool_shape(
+    num_blocks: int, num_kv_heads: int, num_layers: int, block_tokens: int, head_dim: int
+) -> torch.Size:
+    """Shape of the KV pool tensor; one block is contiguous, and so is each (head, layer, K or V) tile."""
+    return torch.Size((num_blocks, num_kv_heads, num_layers, 2, block_tokens, head_dim))

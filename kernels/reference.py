@@ -1,0 +1,84 @@
+"""The torch reference: plain, correct on any device, and what every other backend is held against.
+
+Knows one step's tensors only. Attention gathers each sequence's blocks, so it costs copies that the native
+backends avoid. Invariant: never writes outside the slots that the batch names.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.interface import AttentionBatch, Linear
+
+
+class TorchLinear:
+    """``F.linear`` on the weight as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class ReferenceKernels:
+    name = "reference"
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return TorchLinear(weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual += x
+        return self.rms_norm(residual, weight, eps)
+
+    def rope_kv_write(
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch
+    ) -> None:
+        cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D / 2] each
+        for x in (q, k):
+            first, second = x.float().chunk(2, dim=-1)
+            x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+        block_tokens = kv.shape[4]
+        blocks, offsets = batch.slots // block_tokens, batch.slots % block_tokens
+        kv[blocks, :, layer, 0, offsets] = k
+        kv[blocks, :, layer, 1, offsets] = v
+
+    def paged_attention(
+        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        num_rows, num_heads, head_dim = q.shape
+        num_kv_heads, block_tokens = kv.shape[1], kv.shape[4]
+        out = torch.empty(num_rows, num_heads, head_dim, dtype=q.dtype, device=q.device)
+        starts = batch.query_start.tolist()
+        contexts = batch.context_lens.tolist()
+        for s, context in enumerate(contexts):
+            rows = slice(starts[s], starts[s + 1])
+            table = batch.block_tables[s, : -(-context // block_tokens)]
+            tiles = kv[table, :, layer]  # [blocks, Hkv, 2, B, D]
+            tiles = tiles.permute(2, 1, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, :context]
+            queries = rows.stop - rows.start
+            mask = None
+            if queries > 1:
+                row_positions = batch.positions[rows].unsqueeze(1)
+                mask = torch.arange(context, device=q.device).unsqueeze(0) <= row_positions
+            attended = F.scaled_dot_product_attention(
+                q[rows].transpose(0, 1).unsqueeze(0),  # [1, Hq, rows, D]
+                tiles[0].unsqueeze(0),
+                tiles[1].unsqueeze(0),
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=num_heads != num_kv_heads,
+            )
+            out[rows] = attended[0].transpose(0, 1)
+        return out.view(num_rows, num_heads * head_dim)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
