@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "==> installing SplitServe and what it needs (torch, UCX, Redis; a few minutes the first time)"
-	@$(BIN)/python -m pip install --progress-bar on --quiet -c constraints.txt -e '.[dev,ucx-cu12,redis-server]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,ucx-cu12,redis-server]'
 	@touch $@
 	@echo "==> installed"
 

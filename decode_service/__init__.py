@@ -1,0 +1,1 @@
+"""The memory-bound pool: workers that pull KV blocks and generate with continuous batching."""

@@ -6,6 +6,7 @@ Does not know that disaggregation exists.
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core import Engine, Reservation
+from engine.factory import create_engine
 from engine.llm import LLM, Completion
 from engine.sequence import EngineOutput, EngineRequest
 from engine.weights import open_model
@@ -21,5 +22,6 @@ __all__ = [
     "EngineRequest",
     "Reservation",
     "SamplingParams",
+    "create_engine",
     "open_model",
 ]

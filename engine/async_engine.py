@@ -39,14 +39,17 @@ class AsyncEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outputs: dict[str, asyncio.Queue[_Item]] = {}
         self._events_lock = threading.Lock()
-        self._filled: list[BlockHash] = []
-        self._evicted: list[BlockHash] = []
+        self._changes: dict[BlockHash, bool] = {}  # filled (True) or evicted since they were last taken
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def stats(self) -> EngineStats:
         return self.engine.stats
+
+    @property
+    def num_blocks(self) -> int:
+        return self.engine.pool.num_blocks
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -108,11 +111,10 @@ class AsyncEngine:
         self._inbox.put(lambda: self.engine.release(request_id))
 
     def take_block_events(self) -> tuple[list[BlockHash], list[BlockHash]]:
-        """Hashes of blocks (filled, evicted) since the last call."""
+        """Hashes of blocks filled and evicted since the last call; the last word on each counts."""
         with self._events_lock:
-            filled, evicted = self._filled, self._evicted
-            self._filled, self._evicted = [], []
-        return filled, evicted
+            changes, self._changes = self._changes, {}
+        return [h for h, filled in changes.items() if filled], [h for h, filled in changes.items() if not filled]
 
     def known_hashes(self) -> list[BlockHash]:
         return self.engine.pool.known_hashes()
@@ -221,10 +223,9 @@ class AsyncEngine:
 
     def _take_events(self) -> None:
         events = self.engine.take_events()
-        if events.filled or events.evicted:
+        if events:
             with self._events_lock:
-                self._filled += events.filled
-                self._evicted += events.evicted
+                self._changes.update(events)
 
     def _deliver(self, result: StepResult) -> None:
         items: list[tuple[str, _Item]] = [(r.request_id, r) for r in result.reserved]

@@ -11,21 +11,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from splitserve.hashing import BlockHash
 
 
 class OutOfBlocks(Exception):
     """Fewer blocks are free than were asked for; nothing was taken."""
-
-
-@dataclass(slots=True)
-class BlockEvents:
-    """Changes of what the pool can offer by hash, since they were last taken."""
-
-    filled: list[BlockHash] = field(default_factory=list)
-    evicted: list[BlockHash] = field(default_factory=list)
 
 
 class BlockPool:
@@ -37,7 +28,7 @@ class BlockPool:
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
         self._block_of: dict[BlockHash, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._events = BlockEvents()
+        self._events: dict[BlockHash, bool] = {}  # filled (True) or evicted; the last word counts
 
     @property
     def num_free(self) -> int:
@@ -97,10 +88,11 @@ class BlockPool:
             return
         self._hash_of[block] = name
         self._block_of[name] = block
-        self._events.filled.append(name)
+        self._events[name] = True
 
-    def take_events(self) -> BlockEvents:
-        events, self._events = self._events, BlockEvents()
+    def take_events(self) -> dict[BlockHash, bool]:
+        """What became findable (True) or ceased to be (False) since the last call."""
+        events, self._events = self._events, {}
         return events
 
     def known_hashes(self) -> list[BlockHash]:
@@ -121,4 +113,4 @@ class BlockPool:
         if name is not None:
             self._hash_of[block] = None
             del self._block_of[name]
-            self._events.evicted.append(name)
+            self._events[name] = False

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.block_pool import BlockEvents, BlockPool
+from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.runner import Runner
 from engine.sampler import sample
@@ -20,7 +20,7 @@ from engine.sequence import EngineOutput, EngineRequest, Sequence, Status
 from engine.stats import EngineStats
 from engine.weights import ModelFiles
 from splitserve.errors import InvalidRequest
-from splitserve.hashing import chain_root
+from splitserve.hashing import BlockHash, chain_root
 from splitserve.sampling import Logprobs, TokenOutput
 
 Sampled = tuple[int, Logprobs | None]
@@ -174,7 +174,8 @@ class Engine:
             self._remove(self._sequences[request_id])
         return ids
 
-    def take_events(self) -> BlockEvents:
+    def take_events(self) -> dict[BlockHash, bool]:
+        """Blocks filled (True) and evicted (False) since the last call."""
         return self.pool.take_events()
 
     def check_integrity(self) -> None:

@@ -90,8 +90,8 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
     )
 
 
-def from_gguf(fields: Mapping[str, Any], tensors: frozenset[str]) -> ModelConfig:
-    """From GGUF metadata and the names of the file's tensors."""
+def from_gguf(fields: Mapping[str, Any], vocab_size: int, tensors: frozenset[str]) -> ModelConfig:
+    """From GGUF metadata, the number of tokens in it, and the names of the file's tensors."""
     name = str(fields["general.architecture"])
     if name not in _GGUF_ARCHITECTURES:
         raise ConfigError(
@@ -114,7 +114,7 @@ def from_gguf(fields: Mapping[str, Any], tensors: frozenset[str]) -> ModelConfig
     eos = [fields.get("tokenizer.ggml.eos_token_id"), fields.get("tokenizer.ggml.eot_token_id")]
     return ModelConfig(
         architecture=name,
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        vocab_size=vocab_size,
         hidden_size=hidden,
         num_layers=int(get("block_count")),
         num_heads=heads,

@@ -57,11 +57,12 @@ class Runner:
         self.kernels = load_kernels("cpu", config.kernels)
         self.model = LlamaModel(files, self.kernels, self._dtype, self.max_model_len)
         self.num_blocks = _pool_blocks(config, self.layout, self.max_model_len)
-        # zeros: what a block never held must stay finite in kernels that read whole blocks
-        self.kv = torch.zeros(
-            pool_shape(self.num_blocks, model.num_kv_heads, model.num_layers, config.block_tokens, model.head_dim),
-            dtype=self._dtype,
+        shape = pool_shape(
+            self.num_blocks, model.num_kv_heads, model.num_layers, config.block_tokens, model.head_dim
         )
+        # zero pages: memory is taken when a block is first used, and what a block never held is finite
+        pool = np.zeros(self.num_blocks * self.layout.block_bytes, dtype=np.uint8)
+        self.kv = torch.from_numpy(pool).view(self._dtype).view(shape)
 
     def memory(self) -> memoryview:
         """The pool's bytes, writable; block ``i`` is the ``i``-th ``layout.block_bytes`` of them."""

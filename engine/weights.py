@@ -21,6 +21,7 @@ from splitserve.errors import ConfigError
 from splitserve.models import cache_dir
 
 _SAMPLE_BYTES = 1 << 20
+_LARGE_FIELD = 1024  # entries of a GGUF field
 
 
 class ModelFiles(Protocol):
@@ -106,9 +107,9 @@ class GgufFile:
         self._path = path
         reader = GGUFReader(path)
         self._tensors = {t.name: t for t in reader.tensors}
-        large = {"tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"}
-        self._fields = {k: f.contents() for k, f in reader.fields.items() if k not in large}
-        self.config = from_gguf(self._fields, frozenset(self._tensors))
+        self._tokens = reader.fields["tokenizer.ggml.tokens"]  # large, and slow to decode as a whole
+        self._fields = {k: f.contents() for k, f in reader.fields.items() if len(f.data) <= _LARGE_FIELD}
+        self.config = from_gguf(self._fields, len(self._tokens.data), frozenset(self._tensors))
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         found = self.optional(name, dtype)
@@ -132,9 +133,8 @@ class GgufFile:
         return _digest([self._path])
 
     def tokenizer(self) -> tuple[str, str, dict[str, str]]:
-        tokens = self._fields["tokenizer.ggml.tokens"]
         special = {
-            f"{kind}_token": tokens[index]
+            f"{kind}_token": bytes(self._tokens.parts[self._tokens.data[index]]).decode()
             for kind, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
             if (index := self._fields.get(f"tokenizer.ggml.{key}_token_id")) is not None
         }

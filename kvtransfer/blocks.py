@@ -17,14 +17,13 @@ class BlockMemory:
     """A pool in host memory: block ``i`` is the bytes ``[i * block_bytes, (i + 1) * block_bytes)``."""
 
     def __init__(self, buffer: Any, layout: KVLayout, num_blocks: int) -> None:
-        """``buffer``: anything with the buffer protocol, writable, contiguous, ``num_blocks * layout.block_bytes`` bytes. ValueError otherwise."""
+        """``buffer``: anything with the buffer protocol, writable, contiguous, ``num_blocks * layout.block_bytes``
+        bytes. ValueError otherwise."""
         view = memoryview(buffer)
         if view.readonly or not view.c_contiguous:
             raise ValueError("the pool must be writable and contiguous")
         if view.nbytes != num_blocks * layout.block_bytes:
-            raise ValueError(
-                f"the pool has {view.nbytes} bytes, not {num_blocks} blocks of {layout.block_bytes}"
-            )
+            raise ValueError(f"the pool has {view.nbytes} bytes, not {num_blocks} blocks of {layout.block_bytes}")
         self._view = view.cast("B")
         self.num_blocks = num_blocks
         self.block_bytes = layout.block_bytes

@@ -33,7 +33,7 @@ class ProtocolError(Exception):
 
 
 class Refusal(Exception):
-    """An ERROR frame, sent or received."""
+    """The transfer ends, for a reason that has a name; between two workers it travels as an ERROR frame."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)

@@ -186,9 +186,7 @@ def _encode_body(frame: Frame) -> bytes:
             return _PULL.pack(frame.mode, frame.first, frame.offset, frame.length)
         case Ready():
             count = len(frame.checksums)
-            return _READY.pack(frame.first, count, frame.attempt) + struct.pack(
-                f"<{count}I", *frame.checksums
-            )
+            return _READY.pack(frame.first, count, frame.attempt) + struct.pack(f"<{count}I", *frame.checksums)
         case Resend():
             return _RESEND.pack(frame.index, frame.attempt)
         case End():

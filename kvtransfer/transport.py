@@ -1,6 +1,7 @@
 """What a transport must do: carry small frames in order, and payloads from one pool straight into another.
 
-A transport knows no transfers and reads no frame. All transports pass ``tests/kvtransfer/test_transport_contract.py``.
+A transport knows no transfers and reads no frame. All of them pass
+``tests/kvtransfer/test_transport_contract.py``.
 Invariant: once ``Connection.close()`` has returned, no posted receive of that connection writes a byte and no
 send reads one.
 """
@@ -78,7 +79,7 @@ class Transport(ABC):
 
     async def close(self) -> None:
         """Gives back what listeners and connections shared; they are closed before."""
-        return None
+        return
 
 
 def split_address(address: str) -> tuple[str, int]:

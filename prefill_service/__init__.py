@@ -1,0 +1,1 @@
+"""The compute-bound pool: workers that read prompts and offer the KV blocks."""

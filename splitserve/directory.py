@@ -2,7 +2,8 @@
 
 Redis is the index, the workers are the truth: losing it may cost cache hits, never a request or an answer.
 Owns the keys (``ss:worker:{id}``, ``ss:epoch:{id}``, ``ss:blocks:{id}@{epoch}``, ``ss:transfer:{id}`` and the
-index ``ss:workers``); knows no scheduler and no policy. Invariant: a stale incarnation's writes change nothing.
+index ``ss:workers``); knows no scheduler and no policy.
+Invariant: what a stale incarnation writes changes nothing.
 """
 
 from __future__ import annotations
@@ -127,9 +128,7 @@ class Directory:
     async def workers(self) -> list[WorkerState]:
         """The live workers, ordered by id. An entry that can't be read is logged and left out."""
         states = []
-        for lease_left_ms, pairs in await self._redis.run(
-            ScriptCall(self._workers, [WORKERS], ["ss:worker:"])
-        ):
+        for lease_left_ms, pairs in await self._redis.run(ScriptCall(self._workers, [WORKERS], ["ss:worker:"])):
             try:
                 states.append(decode_worker(pairs, lease_left_ms))
             except ValueError as error:
@@ -143,9 +142,7 @@ class Directory:
         replies = await self._redis.execute("MGET", *map(_epoch_key, worker_ids))
         return {id: int(reply) for id, reply in zip(worker_ids, replies, strict=True) if reply is not None}
 
-    async def longest_prefix(
-        self, hashes: Sequence[bytes], workers: Sequence[tuple[str, int]]
-    ) -> dict[str, int]:
+    async def longest_prefix(self, hashes: Sequence[bytes], workers: Sequence[tuple[str, int]]) -> dict[str, int]:
         """Number of leading blocks of a chain that each ``(worker id, epoch)`` owns, in one round trip."""
         if not hashes or not workers:
             return {id: 0 for id, _ in workers}

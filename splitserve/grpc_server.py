@@ -13,9 +13,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
-from grpc_health.v1.health.aio import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from splitserve.errors import ConfigError
@@ -81,7 +80,7 @@ class GrpcServer:
         self._register = register
         self._grace = grace
         self._max_concurrent_rpcs = max_concurrent_rpcs
-        self._health = HealthServicer()
+        self._health = health.aio.HealthServicer()
         self._ready: set[str] = set()
         self._server: grpc.aio.Server | None = None
 

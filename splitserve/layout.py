@@ -40,7 +40,7 @@ class KVLayout:
 
     def head_range(self, first: int, count: int) -> tuple[int, int]:
         """Offset and length in bytes of ``count`` KV heads inside a block."""
-        assert 0 <= first and count > 0 and first + count <= self.num_kv_heads
+        assert first >= 0 and count > 0 and first + count <= self.num_kv_heads
         return first * self.head_bytes, count * self.head_bytes
 
     def blocks_for(self, num_tokens: int) -> int:

@@ -83,9 +83,7 @@ def _checked(path: Path) -> Path:
         raise ConfigError(f"{path} is not a model: it has no config.json")
     if not any(path.glob("*.safetensors")):
         if any(file for pattern in _PICKLES for file in path.glob(pattern)):
-            raise ConfigError(
-                f"{path} has only pickled weights, which can run code: convert them to safetensors"
-            )
+            raise ConfigError(f"{path} has only pickled weights, which can run code: convert them to safetensors")
         raise ConfigError(f"{path} has no *.safetensors weights")
     return path
 

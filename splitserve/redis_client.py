@@ -1,7 +1,7 @@
 """A connection to Redis whose every call ends within a deadline, with one error for all that can go wrong.
 
 Owns the connection pool and the loaded scripts; knows no key. Invariant: no call waits longer than
-``timeout``, and while Redis does not answer, one caller at a time finds out and the others are refused at once.
+``timeout``, and while Redis does not answer one caller at a time finds out, the others are refused at once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class RedisClient:
                 max_connections=MAX_CONNECTIONS,
                 timeout=timeout,
                 protocol=2,
-                socket_timeout=timeout,
+                # Our own deadline does it all. With this one redis-py would use asyncio.wait_for, which loses
+                # cancellations before Python 3.12.
+                socket_timeout=None,
                 socket_connect_timeout=timeout,
                 # A pooled connection that Redis has closed (it restarted) costs one silent second try.
                 retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),

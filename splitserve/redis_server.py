@@ -1,8 +1,8 @@
 """A private Redis for one machine, started by us when no other is named.
 
 Owns the process, its directory and its socket; knows nothing of what is stored there. Invariant: nobody but
-this user reaches it (a Unix socket in a 0700 directory, no TCP port), and it does not outlive the process that
-started it, however that one ends.
+this user reaches it (a Unix socket in a 0700 directory, no TCP port), and it does not outlive the process
+that started it, however that one ends.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class PrivateRedis:
     Nothing is persisted. Raises ConfigError when there is no redis-server or it does not start.
     """
 
-    def __init__(self, directory: Path, binary: Path | None = None) -> None:
+    def __init__(self, directory: Path, binary: Path | None = None, stop_seconds: float = STOP_SECONDS) -> None:
         self._directory = directory
         self._binary = binary
+        self._stop_seconds = stop_seconds
         self._home: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
 
@@ -115,7 +116,7 @@ class PrivateRedis:
         return await self._process.wait()
 
     async def close(self) -> None:
-        """Ends Redis and removes its socket; at most ``STOP_SECONDS`` and a kill."""
+        """Ends Redis and removes its socket; at most ``stop_seconds`` and a kill."""
         await self._stop()
         if self._home is not None:
             shutil.rmtree(self._home)
@@ -142,20 +143,14 @@ class PrivateRedis:
             async with asyncio.timeout(START_SECONDS):
                 await self._answers()
         except TimeoutError as error:
-            raise ConfigError(
-                f"{binary} did not answer within {START_SECONDS:g} s: {self._last_log()}"
-            ) from error
-        logger.info(
-            "started a private Redis (%s)", binary, extra={"redis_pid": self.pid, "redis_url": self.url}
-        )
+            raise ConfigError(f"{binary} did not answer within {START_SECONDS:g} s: {self._last_log()}") from error
+        logger.info("started a private Redis (%s)", binary, extra={"redis_pid": self.pid, "redis_url": self.url})
 
     async def _answers(self) -> None:
         assert self._process is not None
         while not await _ping(self.socket):
             if self._process.returncode is not None:
-                raise ConfigError(
-                    f"redis-server ended with status {self._process.returncode}: {self._last_log()}"
-                )
+                raise ConfigError(f"redis-server ended with status {self._process.returncode}: {self._last_log()}")
             await asyncio.sleep(0.02)  # nothing announces that a listener exists
 
     async def _stop(self) -> None:
@@ -165,7 +160,7 @@ class PrivateRedis:
         if process.returncode is None:
             process.terminate()
             try:
-                async with asyncio.timeout(STOP_SECONDS):
+                async with asyncio.timeout(self._stop_seconds):
                     await process.wait()
             except TimeoutError:
                 logger.warning("the private Redis ignored SIGTERM: killing it")

@@ -64,9 +64,7 @@ class SamplingParams:
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
             )
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(
-                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop"
-            )
+            raise InvalidRequest(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop")
         if any(not s or len(s) > MAX_STOP_LENGTH for s in self.stop):
             raise InvalidRequest(f"each stop string must have 1 to {MAX_STOP_LENGTH} characters", "stop")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS or any(t < 0 for t in self.stop_token_ids):

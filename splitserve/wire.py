@@ -1,7 +1,8 @@
 """Sampling parameters and tokens on the wire: protobuf to dataclasses and back.
 
 Owns the two directions of every message in ``sampling.proto``; knows neither routers nor workers.
-Invariant: ``x_from_proto(x_to_proto(value)) == value`` for every value whose floats fit 32 bits; an optional
+Invariant: ``x_from_proto(x_to_proto(value)) == value`` for parameters, and for log probabilities
+that fit 32 bits; an optional
 field that is unset stays distinguishable from one that is set to its default.
 """
 
@@ -29,9 +30,6 @@ _OPTIONAL = (
     "logprobs",
     "prompt_logprobs",
 )
-# These must be above 0, and a double may be too small for the 32 bits that it gets here.
-_POSITIVE = frozenset({"top_p", "repetition_penalty"})
-_TINY = 2.0**-126  # the smallest normal 32-bit float
 
 _REASON_TO_PROTO: Mapping[FinishReason, pb.FinishReason] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -55,7 +53,7 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
     for name in _OPTIONAL:
         value = getattr(params, name)
         if value is not None:
-            setattr(message, name, max(value, _TINY) if name in _POSITIVE else value)
+            setattr(message, name, value)
     return message
 
 
@@ -73,9 +71,7 @@ def sampling_fields(message: pb.SamplingParams) -> dict[str, Any]:
     return fields
 
 
-def sampling_from_proto(
-    message: pb.SamplingParams, defaults: Mapping[str, Any] | None = None
-) -> SamplingParams:
+def sampling_from_proto(message: pb.SamplingParams, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
     """What is unset comes from ``defaults``, then from ``SamplingParams``; no ``max_tokens`` is no limit.
 
     Raises:

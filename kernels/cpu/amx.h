@@ -36,11 +36,12 @@ class Tiles {
   }
 
   // c[rows][32] (+)= a[rows][units] * b[units][32]: strides in dwords, rows as in set_rows, units % 16 == 0.
+  // Rows 16 and above of `a` begin at `lower`.
   template <bool kStream>
-  void multiply(const uint32_t* a, long a_row, const uint32_t* b, long b_unit, float* c, long c_row, long units,
-                bool accumulate) const {
+  void multiply(const uint32_t* a, const uint32_t* lower, long a_row, const uint32_t* b, long b_unit, float* c,
+                long c_row, long units, bool accumulate) const {
     if (rows_ > 16)
-      multiply_32<kStream>(a, a_row * 4, b, b_unit, c, c_row, units, accumulate);
+      multiply_32<kStream>(a, lower, a_row * 4, b, b_unit, c, c_row, units, accumulate);
     else
       multiply_16<kStream>(a, a_row * 4, b, b_unit, c, c_row, units, accumulate);
   }
@@ -58,9 +59,9 @@ class Tiles {
   }
 
   template <bool kStream>
-  static void multiply_32(const uint32_t* a, long a_bytes, const uint32_t* b, long b_unit, float* c, long c_row,
-                          long units, bool accumulate) {
-    const long c_bytes = c_row * 4, b_bytes = b_unit * 4, half = 4 * a_bytes;  // 16 rows, in dwords
+  static void multiply_32(const uint32_t* a, const uint32_t* lower, long a_bytes, const uint32_t* b, long b_unit,
+                          float* c, long c_row, long units, bool accumulate) {
+    const long c_bytes = c_row * 4, b_bytes = b_unit * 4;
     if (accumulate) {
       _tile_loadd(0, c, c_bytes);
       _tile_loadd(1, c + 16, c_bytes);
@@ -78,7 +79,7 @@ class Tiles {
       _tile_loadd(6, bu, b_bytes);
       _tile_loadd(4, a + u, a_bytes);
       _tile_loadd(7, bu + 16, b_bytes);
-      _tile_loadd(5, a + u + half, a_bytes);
+      _tile_loadd(5, lower + u, a_bytes);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);

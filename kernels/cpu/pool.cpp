@@ -1,5 +1,10 @@
 #include "pool.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -98,6 +103,16 @@ void* scratch(int slot, size_t bytes) {
 }
 
 extern "C" {
+
+// Asks the kernel for what this library's instructions need; 0 if it was granted.
+int ss_prepare() {
+#if defined(__AMX_TILE__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : 1;
+#else
+  return 0;
+#endif
+}
 
 Pool* ss_pool_create(int threads) { return threads > 1 ? new (std::nothrow) Pool(threads) : nullptr; }
 

@@ -128,6 +128,18 @@ static inline float max_lanes(VF v) {
   return best;
 }
 
+static inline bool any(VI mask) {  // of a comparison
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  bool found = false;
+  for (int i = 0; i < W; i++) found |= mask[i] != 0;
+  return found;
+#endif
+}
+
 // exp(x) for x <= 88, relative error below 2e-7; exactly 0 below -87.
 static inline VF vexp(VF x) {
   VF low = splat(-87.0f);
@@ -182,6 +194,52 @@ struct Bfloat16 {
   static inline VF madd(VF acc, A a, B b) { return acc + a.even * b.even + a.odd * b.odd; }
 #endif
 };
+
+// dst[i * dst_row + j] = src[j][i] for W x W dwords.
+static inline void transpose_dwords(const uint32_t* const* src, uint32_t* dst, long dst_row) {
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(src[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512i p = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), q = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    const __m512i r = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512i s = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    _mm512_storeu_si512(dst + i * dst_row, _mm512_shuffle_i32x4(p, r, 0x88));
+    _mm512_storeu_si512(dst + (i + 4) * dst_row, _mm512_shuffle_i32x4(q, s, 0x88));
+    _mm512_storeu_si512(dst + (i + 8) * dst_row, _mm512_shuffle_i32x4(p, r, 0xdd));
+    _mm512_storeu_si512(dst + (i + 12) * dst_row, _mm512_shuffle_i32x4(q, s, 0xdd));
+  }
+#else
+  for (int i = 0; i < W; i++)
+    for (int j = 0; j < W; j++) dst[i * dst_row + j] = src[j][i];
+#endif
+}
+
+// 2^x for x <= 0, good enough for a value that is rounded to bfloat16 (relative error 1e-4); below -126: 2^-126.
+static inline VF vexp2_coarse(VF x) {
+  const float magic = 12582912.0f;  // as in vexp
+  const VF clamped = vmax(x, splat(-126.0f));
+  const VF shifted = clamped + magic;
+  const VF f = clamped - (shifted - magic);
+  VF p = f * 0.05517166f + 0.24261112f;
+  p = p * f + 0.69326099f;
+  p = p * f + 0.99992807f;
+  return (VF)((VI)p + ((VI)shifted << 23));
+}
 
 // c[R][NV * W] (+)= a[R][units] * b[units][NV * W], dwords by their own strides.
 template <class E, int R, int NV, bool kStream = false>

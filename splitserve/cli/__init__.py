@@ -1,0 +1,1 @@
+"""The command line: ``splitserve up | router | prefill | decode | pull | chat``."""

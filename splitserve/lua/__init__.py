@@ -1,6 +1,6 @@
 """The scripts that Redis runs for the directory: one file each, with all that must be atomic.
 
-Knows no client. Invariant: a script that writes compares epochs first, so a stale incarnation changes nothing.
+Knows no client. Invariant: a script that writes compares epochs, so a stale incarnation changes nothing.
 Scripts name some keys themselves, so they need one Redis (or a replicated one), not a Redis Cluster.
 """
 

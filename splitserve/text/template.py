@@ -65,9 +65,7 @@ class ChatTemplate:
             ):
                 size += len(part)
                 if size > self._max_chars:
-                    raise InvalidRequest(
-                        f"the prompt is longer than {self._max_chars} characters", "messages"
-                    )
+                    raise InvalidRequest(f"the prompt is longer than {self._max_chars} characters", "messages")
                 parts.append(part)
         except _RENDER_ERRORS as error:
             raise InvalidRequest(f"the chat template refused the messages: {error}", "messages") from error
@@ -123,9 +121,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: Jinja's own filter escapes HTML, which templates do not expect."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> NoReturn:

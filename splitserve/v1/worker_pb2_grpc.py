@@ -47,7 +47,7 @@ class WorkerServicer:
     """
 
     def GetModel(self, request, context):
-        """What a router must know of the worker's model to serve it. NOT_FOUND if it serves another one.
+        """What a router must know of the worker's model to serve it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

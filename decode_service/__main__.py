@@ -1,0 +1,29 @@
+"""``python -m decode_service CONFIG``: a decode worker; CONFIG is a WorkerConfig as JSON."""
+
+from __future__ import annotations
+
+from decode_service.role import DecodeRole
+from engine import AsyncEngine, create_engine
+from kvtransfer import BlockMemory, PullClient, default_transports, make_transports
+from splitserve.config import WorkerConfig
+from splitserve.metrics import TransferMetrics
+from splitserve.process import run_process
+from splitserve.worker import WorkerContext, run_worker
+
+
+def make_role(context: WorkerContext, engine: AsyncEngine) -> DecodeRole:
+    config, description, runner = context.config, context.description, engine.engine.runner
+    assert config.worker_id is not None
+    pulls = PullClient(
+        BlockMemory(runner.memory(), runner.layout, runner.num_blocks),
+        runner.fingerprint,
+        config.worker_id,
+        epoch=0,  # until the directory gives one
+        transports=make_transports(config.transports) if config.transports else default_transports(),
+        observer=TransferMetrics(context.registry, description.model, config.role),
+    )
+    return DecodeRole(engine, pulls, runner.layout, description.fingerprint, context.metrics)
+
+
+if __name__ == "__main__":
+    run_process(WorkerConfig, lambda config: run_worker(config, create_engine, make_role))

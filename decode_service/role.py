@@ -1,0 +1,144 @@
+"""The decode side: pulls the blocks of prompts that were read elsewhere and continues them, all in one batch.
+
+Owns a reservation until its blocks are filled or given back; knows no routing policy and no prefill worker.
+Order, always: reserve here, transfer, then the source frees. Invariant: blocks are given back only when no byte
+can arrive in them any more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from engine import AsyncEngine, EngineOutput, EngineRequest
+from kvtransfer import KvHandle, PullClient
+from splitserve.cluster import Role
+from splitserve.errors import Incompatible, TransferFailed
+from splitserve.layout import KVLayout
+from splitserve.logs import request_logger
+from splitserve.metrics import EngineMetrics
+from splitserve.sequences import SequenceRequest, sequence_from_proto
+from splitserve.v1 import worker_pb2 as pb
+from splitserve.v1 import worker_pb2_grpc
+from splitserve.wire import logprobs_to_proto, token_to_proto
+from splitserve.worker import not_joined
+
+log = logging.getLogger(__name__)
+
+
+class DecodeRole(worker_pb2_grpc.DecodeServicer):
+    """The servicer of ``splitserve.v1.Decode`` and its pull client."""
+
+    service = "splitserve.v1.Decode"
+
+    def __init__(
+        self, engine: AsyncEngine, pulls: PullClient, layout: KVLayout, fingerprint: str, metrics: EngineMetrics
+    ) -> None:
+        self._engine = engine
+        self._pulls = pulls
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._metrics = metrics
+        self._joined = False
+
+    def register(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_DecodeServicer_to_server(self, server)
+
+    async def start(self) -> Mapping[str, str]:
+        return {}
+
+    def join(self, epoch: int) -> None:
+        self._pulls.join(epoch)
+        self._joined = True
+
+    async def close(self) -> None:
+        await self._pulls.close()
+
+    async def Decode(
+        self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[pb.DecodeEvent, None]:
+        if not self._joined:
+            raise not_joined(Role.DECODE)
+        sequence = sequence_from_proto(request.sequence, self._fingerprint)
+        work = EngineRequest(
+            sequence.request_id, sequence.tokens, sequence.params, sequence.num_prompt, sequence.salt
+        )
+        yield pb.DecodeEvent(accepted=pb.DecodeAccepted())
+        if request.HasField("handle"):
+            outputs = self._continue(sequence, work, _handle_from_proto(request.handle))
+        else:
+            outputs = self._engine.generate(work)
+        first = True
+        async with aclosing(outputs):
+            async for output in outputs:
+                if first:
+                    self._metrics.observe_queue_time(output.queue_seconds)
+                yield pb.DecodeEvent(tokens=_tokens_to_proto(output, first))
+                first = False
+
+    async def _continue(
+        self, sequence: SequenceRequest, work: EngineRequest, handle: KvHandle
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Pulls what is not cached here, then generates. What arrived before a failure stays cached."""
+        logger = request_logger(log, sequence.request_id)
+        if handle.num_blocks != self._layout.blocks_for(len(sequence.tokens)):
+            raise Incompatible(
+                f"a handle of {handle.num_blocks} blocks for a sequence of {len(sequence.tokens)} tokens"
+            )
+        reservation = await self._engine.reserve(work)
+        first = reservation.cached_tokens // self._layout.block_tokens
+        arrived = first
+        try:
+
+            def on_progress(blocks: int) -> None:
+                nonlocal arrived
+                arrived = first + blocks
+
+            result = await self._pulls.pull(handle, reservation.blocks[first:], first, on_progress)
+        except BaseException as error:
+            self._engine.abandon(work.request_id, arrived * self._layout.block_tokens)
+            if isinstance(error, TransferFailed):
+                logger.warning("%s", error, extra={"reason": error.reason, "blocks": arrived})
+            raise
+        logger.info(
+            "pulled",
+            extra={
+                "blocks": result.blocks,
+                "bytes": result.bytes,
+                "seconds": round(result.seconds, 4),
+                "transport": result.transport,
+                "cached": reservation.cached_tokens,
+            },
+        )
+        if result.finished:
+            self._engine.abandon(work.request_id, len(sequence.tokens))
+            return
+        outputs = self._engine.generate_loaded(work.request_id, len(sequence.tokens), result.first_token)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+
+def _tokens_to_proto(output: EngineOutput, first: bool) -> pb.DecodeTokens:
+    message = pb.DecodeTokens(tokens=[token_to_proto(token) for token in output.tokens])
+    if first:
+        message.cached_tokens = output.cached_tokens
+        message.queue_seconds = output.queue_seconds
+        message.prompt_logprobs.extend(logprobs_to_proto(entry) for entry in output.prompt_logprobs or ())
+    return message
+
+
+def _handle_from_proto(message: pb.KvHandle) -> KvHandle:
+    return KvHandle(
+        transfer_id=message.transfer_id,
+        secret=message.secret,
+        addresses=dict(message.addresses),
+        source=message.source,
+        epoch=message.epoch,
+        fingerprint=message.fingerprint,
+        num_blocks=message.num_blocks,
+    )

@@ -1,0 +1,45 @@
+"""From a worker's configuration to an engine that is warm, and the description of what it serves."""
+
+from __future__ import annotations
+
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.weights import open_model
+from splitserve.config import WorkerConfig
+from splitserve.model_info import ModelDescription
+from splitserve.models import resolve_model, served_name
+
+
+def create_engine(config: WorkerConfig) -> tuple[AsyncEngine, ModelDescription]:
+    """Reads the model, warms it up, describes it. Takes seconds. Raises ConfigError."""
+    engine_config = EngineConfig(
+        model=config.model,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_tokens=config.block_tokens,
+        kv_cache_memory=config.kv_cache_memory,
+        enable_prefix_caching=config.enable_prefix_caching,
+        threads=len(config.cores) or None,
+        kernels=config.kernels,
+    )
+    files = open_model(resolve_model(config.model))
+    tokenizer_json, template, special = files.tokenizer()
+    engine = Engine(engine_config, files)
+    engine.warm_up()
+    description = ModelDescription(
+        model=config.served_model_name or served_name(config.model),
+        fingerprint=engine.runner.fingerprint.hex(),
+        tokenizer_json=tokenizer_json.encode(),
+        chat_template=template,
+        special_tokens=special,
+        eos_token_ids=files.config.eos_token_ids,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+        block_tokens=config.block_tokens,
+        max_sequence_tokens=engine.max_sequence_tokens,
+        generation_defaults=files.config.generation_defaults,
+    )
+    return AsyncEngine(engine, max_waiting=config.max_waiting), description

@@ -1,0 +1,154 @@
+// Linear layers with int8 weights, one scale per output: y = scale * (x @ w) + bias.
+//
+// Panels are [K / 4][32] dwords of four neighbours in K, each stored as w + 128. Few rows: integer dot products
+// (VNNI) with activations split into two int8 digits, 15 bits in all, so that rounding them costs less than
+// bfloat16 does. Many rows, or no VNNI: panels are turned into the activations' type, in which int8 is exact.
+#include <cmath>
+
+#include "linear.h"
+
+namespace {
+
+// One panel to [K / per_dword][32] dwords of E.
+template <class E>
+void widen(const uint32_t* panel, long quads, uint32_t* to) {
+  for (long u = 0; u < quads; u++, panel += kPanel, to += kPanel * (4 / E::per_dword))
+    for (int j = 0; j < kPanel; j += W) {
+      const VU v = load_as<VU>(panel + j);
+      VF k[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) k[i] = __builtin_convertvector((VI)((v >> (8 * i)) & 0xff) - 128, VF);
+      if constexpr (E::per_dword == 2) {
+        store_as(to + j, (as_u(k[0]) >> 16) | (as_u(k[1]) & 0xffff0000u));
+        store_as(to + kPanel + j, (as_u(k[2]) >> 16) | (as_u(k[3]) & 0xffff0000u));
+      } else {
+        for (int i = 0; i < 4; i++) store(reinterpret_cast<float*>(to) + i * kPanel + j, k[i]);
+      }
+    }
+}
+
+template <class E, class T = typename E::Element>
+void linear_wide(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, T* out) {
+  const long quads = layer.k / 4, size = layer.k / E::per_dword * kPanel;
+  over_panels(pool, layer, size * 4, rows, [&](long first, long last, long row, long count) {
+    // With few rows a panel is used once, while it is in the first-level cache.
+    const long step = rows <= 32 ? 1 : last - first;
+    uint32_t* wide = static_cast<uint32_t*>(scratch(5, (size_t)(step * size) * 4 + 16384));
+    for (long p = first; p < last; p += step) {
+      for (long i = 0; i < step; i++)
+        widen<E>(static_cast<const uint32_t*>(layer.weight) + (p + i) * quads * kPanel, quads, wide + i * size);
+      multiply_panels<E>(layer, wide, p, p + step, x + row * x_row, x_row, count, out + row * layer.n);
+    }
+  });
+}
+
+#if defined(__AVX512VNNI__)
+
+#if defined(SS_AMX)
+constexpr long kDigitRows = 4;  // up to so many rows digits beat widened panels
+#else
+constexpr long kDigitRows = 32;
+#endif
+constexpr long kMostK = 60000;  // 255 * 127 * k fits an int32
+
+struct Int8 {
+  static constexpr int per_dword = 4;
+  using A = __m512i;
+  using B = __m512i;
+  static inline A load_a(const uint32_t* p) { return _mm512_set1_epi32(load_as<int>(p)); }
+  static inline B load_b(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  // The lanes of the accumulator are int32, carried as floats.
+  static inline VF madd(VF acc, A a, B b) { return (VF)_mm512_dpbusd_epi32((__m512i)acc, b, a); }
+};
+
+struct Digits {  // x = unit * (128 * high + low); rows 2r and 2r + 1 of `values` are the high and low digits of r
+  int8_t* values;
+  float unit[kDigitRows];
+  int32_t offset[2 * kDigitRows];  // 128 * the sum of a row's digits
+};
+
+template <class T>
+void split(const T* x, long x_row, long rows, long k, Digits& digits) {
+  for (long r = 0; r < rows; r++, x += x_row) {
+    float most = 0;
+    for (long i = 0; i < k; i++) most = std::fmax(most, std::fabs(to_float(x[i])));
+    const float inverse = most > 0 ? 16256.0f / most : 0.0f;  // 127 * 128
+    int8_t *high = digits.values + 2 * r * k, *low = high + k;
+    int32_t sums[2] = {};
+    for (long i = 0; i < k; i++) {
+      const float scaled = to_float(x[i]) * inverse;
+      const int q = (int)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+      const int h = (q + 64) >> 7, l = q - h * 128;
+      high[i] = (int8_t)h, low[i] = (int8_t)l;
+      sums[0] += h, sums[1] += l;
+    }
+    digits.unit[r] = most / 16256.0f;
+    digits.offset[2 * r] = 128 * sums[0], digits.offset[2 * r + 1] = 128 * sums[1];
+  }
+}
+
+template <class T>
+void linear_digits(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, T* out) {
+  const long quads = layer.k / 4;
+  Digits digits;
+  digits.values = static_cast<int8_t*>(scratch(6, (size_t)(2 * rows * layer.k)));
+  split(x, x_row, rows, layer.k, digits);
+  const uint32_t* a = reinterpret_cast<const uint32_t*>(digits.values);
+  over_panels(pool, layer, quads * kPanel * 4, rows, [&](long first, long last, long, long) {
+    alignas(64) float c[kRows * kPanel], y[kPanel];
+    for (long p = first; p < last; p++) {
+      const uint32_t* b = static_cast<const uint32_t*>(layer.weight) + p * quads * kPanel;
+      for (long r = 0; r < 2 * rows; r += kRows) {
+        const int count = (int)(2 * rows - r < kRows ? 2 * rows - r : kRows);
+        multiply_rows<Int8, 2, true>(count, a + r * quads, quads, 1, b, kPanel, c, kPanel, quads, false);
+        for (int i = 0; i < count; i += 2) {
+          for (int j = 0; j < kPanel; j += W) {
+            const VI high = (VI)load(c + i * kPanel + j) - digits.offset[r + i];
+            const VI low = (VI)load(c + (i + 1) * kPanel + j) - digits.offset[r + i + 1];
+            const VF sum = __builtin_convertvector(high, VF) * 128.0f + __builtin_convertvector(low, VF);
+            store(y + j, sum * digits.unit[(r + i) / 2]);
+          }
+          finish(y, layer, p, out + (r + i) / 2 * layer.n, 1);
+        }
+      }
+    }
+  });
+}
+
+#endif
+
+template <class E, class T = typename E::Element>
+void linear_int8(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, T* out) {
+#if defined(__AVX512VNNI__)
+  if (rows <= kDigitRows && layer.k <= kMostK) return linear_digits(pool, layer, x, x_row, rows, out);
+#endif
+  linear_wide<E>(pool, layer, x, x_row, rows, out);
+}
+
+}  // namespace
+
+extern "C" {
+
+// weight [n][k] float32, k % 4 == 0 -> panels (n rounded up to 32, times k bytes) and scales [n].
+void ss_pack_int8(const float* weight, long n, long k, uint8_t* packed, float* scales) {
+  for (long j = 0; j < n; j++) {
+    float most = 0;
+    for (long i = 0; i < k; i++) most = std::fmax(most, std::fabs(weight[j * k + i]));
+    scales[j] = most / 127.0f;
+  }
+  for (long first = 0; first < n; first += kPanel)
+    for (long u = 0; u < k; u += 4)
+      for (long j = first; j < first + kPanel; j++)
+        for (long i = u; i < u + 4; i++) {
+          const bool present = j < n && scales[j] > 0;
+          *packed++ = present ? (uint8_t)(128 + std::lrint(weight[j * k + i] / scales[j])) : 128;
+        }
+}
+
+void ss_linear_int8_f32(Pool* pool, const PackedLinear* layer, const float* x, long x_row, long rows, float* out) {
+  linear_int8<Float32>(pool, *layer, x, x_row, rows, out);
+}
+void ss_linear_int8_bf16(Pool* pool, const PackedLinear* layer, const bf16* x, long x_row, long rows, bf16* out) {
+  linear_int8<Bfloat16>(pool, *layer, x, x_row, rows, out);
+}
+}

@@ -1,0 +1,60 @@
+"""A transport that damages what it carries: a public test double around any other transport.
+
+Knows payloads, not transfers. Everything that the fault leaves alone is carried unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from kvtransfer.transport import Connection, Listener, Transport
+
+Fault = Callable[[int, memoryview], memoryview | None]
+"""Slot and bytes of a payload that is about to be sent -> what is sent instead; ``None`` loses it."""
+
+
+class FaultyConnection(Connection):
+    """Applies the fault to what it sends."""
+
+    def __init__(self, inner: Connection, fault: Fault) -> None:
+        self.transport, self.peer, self.lanes = inner.transport, inner.peer, inner.lanes
+        self._inner = inner
+        self._fault = fault
+
+    async def send_frame(self, frame: bytes) -> None:
+        await self._inner.send_frame(frame)
+
+    async def recv_frame(self) -> bytes:
+        return await self._inner.recv_frame()
+
+    async def send_payload(self, slot: int, data: memoryview) -> None:
+        damaged = self._fault(slot, data)
+        if damaged is not None:
+            await self._inner.send_payload(slot, damaged)
+
+    def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
+        return self._inner.post_payload(slot, into)
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+class FaultyTransport(Transport):
+    """Wraps ``inner``, which it closes."""
+
+    def __init__(self, inner: Transport, fault: Fault) -> None:
+        self.name = inner.name
+        self._inner = inner
+        self._fault = fault
+
+    async def listen(self, host: str, on_connection: Callable[[Connection], None]) -> Listener:
+        return await self._inner.listen(
+            host, lambda connection: on_connection(FaultyConnection(connection, self._fault))
+        )
+
+    async def connect(self, address: str) -> Connection:
+        return FaultyConnection(await self._inner.connect(address), self._fault)
+
+    async def close(self) -> None:
+        await self._inner.close()

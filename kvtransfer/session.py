@@ -1,0 +1,272 @@
+"""One puller served over one connection: from its HELLO to its DONE.
+
+Sends blocks as they become ready, several at a time, and a heartbeat whenever there is nothing to send.
+Invariant: the publication is detached after the connection is closed, so no block is read behind its back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvtransfer.blocks import BlockMemory
+from kvtransfer.faults import ConnectionLost, ProtocolError, Reason, Refusal
+from kvtransfer.frames import (
+    Ack,
+    Cancel,
+    Done,
+    End,
+    Error,
+    Frame,
+    Heartbeat,
+    Hello,
+    HelloOk,
+    Pull,
+    Ready,
+    Resend,
+    Stamp,
+    decode,
+    encode,
+)
+from kvtransfer.publication import Publication, ReleaseReason
+from kvtransfer.tasks import running, uninterrupted
+from kvtransfer.transport import Connection
+from splitserve.layout import PROTOCOL_VERSION
+
+logger = logging.getLogger(__name__)
+
+BATCH = 8  # blocks announced by one READY
+IN_FLIGHT = 16  # payloads being sent at a time
+MAX_RESENDS = 16  # of one session: a line that damages more is of no use
+LINGER_SECONDS = 1.0  # how long the last frame may take to be read before the connection is closed
+RESEND_SLOT = 1 << 20  # slot of a payload: index in the transfer + attempt * RESEND_SLOT
+
+
+@dataclass(frozen=True, slots=True)
+class SourceIdentity:
+    """What a puller must agree with."""
+
+    worker_id: str
+    epoch: int
+    fingerprint: bytes
+    lease_seconds: float
+
+
+def slot_of(index: int, attempt: int) -> int:
+    """The slot that carries the payload of block ``index`` of a transfer."""
+    assert index < RESEND_SLOT
+    return index + attempt * RESEND_SLOT
+
+
+class Session:
+    """Owns the connection while it serves it."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        memory: BlockMemory,
+        identity: SourceIdentity,
+        find: Callable[[bytes], Publication | None],
+    ) -> None:
+        self._connection = connection
+        self._memory = memory
+        self._identity = identity
+        self._find = find
+        self._stamp = Stamp(bytes(16), identity.epoch, 0)
+        self._resends: list[Resend] = []
+        self._sends: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    async def serve(self, hello_seconds: float) -> None:
+        """Until the puller is done, gone, refused or too slow with its HELLO. Closes the connection."""
+        publication: Publication | None = None
+        try:
+            async with asyncio.timeout(hello_seconds):
+                hello = await self._handshake()
+                publication = self._admit(hello)
+                await publication.attach()
+                await self._send(self._welcome(publication))
+                pull = await self._receive()
+            await self._transfer(publication, pull, interval=max(0.01, hello.timeout_ms / 4000))
+            await self._part(Ack())
+        except Refusal as refusal:
+            await self._part(Error(refusal.reason, refusal.message))
+        except ProtocolError as error:
+            await self._part(Error(Reason.PROTOCOL, str(error)))
+        except (ConnectionLost, TimeoutError) as error:
+            logger.info("puller %s is gone: %s", self._connection.peer, error or "too slow", extra=self._extra)
+        finally:
+            try:
+                await uninterrupted(self._connection.close())
+            finally:
+                if publication is not None:
+                    publication.detach()
+
+    @property
+    def _extra(self) -> dict[str, str]:
+        return {"transfer_id": self._stamp.transfer_id.hex()}
+
+    async def _handshake(self) -> Hello:
+        self._stamp, hello = decode(await self._connection.recv_frame())
+        if not isinstance(hello, Hello):
+            raise ProtocolError(f"{type(hello).__name__} instead of a HELLO")
+        return hello
+
+    def _admit(self, hello: Hello) -> Publication:
+        """Refusal that names the first difference. The secret comes before anything is told about the transfer."""
+        mine = self._identity
+        if hello.version != PROTOCOL_VERSION:
+            raise Refusal(
+                Reason.INCOMPATIBLE, f"protocol version {hello.version}, {mine.worker_id} has {PROTOCOL_VERSION}"
+            )
+        if hello.fingerprint != mine.fingerprint:
+            raise Refusal(
+                Reason.INCOMPATIBLE,
+                f"model or layout {hello.fingerprint.hex()[:16]} of {hello.puller} "
+                f"is not {mine.fingerprint.hex()[:16]} of {mine.worker_id}",
+            )
+        if (hello.source, self._stamp.source_epoch) != (mine.worker_id, mine.epoch):
+            raise Refusal(
+                Reason.REFUSED,
+                f"{hello.source}@{self._stamp.source_epoch} was meant, this is {mine.worker_id}@{mine.epoch}",
+            )
+        publication = self._find(self._stamp.transfer_id)
+        if publication is None:
+            raise Refusal(Reason.EXPIRED, f"transfer {self._stamp.transfer_id.hex()} is not known (any more)")
+        if not hmac.compare_digest(hello.secret, publication.handle.secret):
+            raise Refusal(Reason.REFUSED, "wrong secret")
+        if hello.timeout_ms == 0:
+            raise ProtocolError("a progress timeout of 0")
+        return publication
+
+    def _welcome(self, publication: Publication) -> HelloOk:
+        return HelloOk(
+            PROTOCOL_VERSION,
+            self._identity.fingerprint,
+            max(1, int(self._identity.lease_seconds * 1000)),
+            publication.handle.num_blocks,
+            self._memory.block_bytes,
+        )
+
+    async def _transfer(self, publication: Publication, pull: Frame, interval: float) -> None:
+        if not isinstance(pull, Pull):
+            raise ProtocolError(f"{type(pull).__name__} instead of a PULL")
+        if pull.first > publication.handle.num_blocks or pull.length == 0:
+            raise ProtocolError(f"blocks from {pull.first}, {pull.length} bytes each")
+        if pull.offset + pull.length > self._memory.block_bytes:
+            raise ProtocolError(f"bytes past the end of a block of {self._memory.block_bytes}")
+        publication.touch()
+        async with (
+            running(self._send_blocks(publication, pull, interval)) as sender,
+            running(self._listen(publication, pull)) as listener,
+        ):
+            await asyncio.wait([sender, listener], return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+            last = listener.result()
+            if isinstance(last, Done):
+                publication.release(ReleaseReason.PULLED)
+            elif last.abandon:
+                publication.release(ReleaseReason.CANCELLED)
+            self._stopping = True
+            publication.changed.set()
+            await asyncio.wait([sender], timeout=LINGER_SECONDS)
+
+    async def _listen(self, publication: Publication, pull: Pull) -> Done | Cancel:
+        """The puller's frames, until it wants no more."""
+        budget = MAX_RESENDS
+        while True:
+            frame = await self._receive()
+            publication.touch()
+            match frame:
+                case Heartbeat():
+                    continue
+                case Resend(index=index, attempt=1) if pull.first <= index < len(publication.block_ids):
+                    if budget == 0:
+                        raise ProtocolError("too many blocks asked for again")
+                    budget -= 1
+                    self._resends.append(frame)
+                    publication.changed.set()
+                case Done() | Cancel():
+                    return frame
+                case _:
+                    raise ProtocolError(f"an unexpected {frame}")
+
+    async def _send_blocks(self, publication: Publication, pull: Pull, interval: float) -> None:
+        """Blocks as they become ready, END behind the last, heartbeats in between; until told to stop."""
+        position, complete = pull.first, False
+        try:
+            while not self._stopping:
+                publication.changed.clear()
+                if self._resends:
+                    resend = self._resends.pop(0)
+                    await self._send_batch(publication, pull, resend.index, 1, resend.attempt)
+                elif publication.failure is not None:
+                    raise publication.failure
+                elif position < len(publication.block_ids):
+                    count = min(BATCH, len(publication.block_ids) - position)
+                    await self._send_batch(publication, pull, position, count, 0)
+                    position += count
+                elif publication.outcome is not None and not complete:
+                    complete = True
+                    await self._send(End(publication.outcome.first_token, publication.outcome.finished))
+                else:
+                    await self._wait_or_beat(publication.changed, interval)
+            await self._at_most_in_flight(0)
+        finally:
+            for send in self._sends:
+                send.cancel()
+            await uninterrupted(_all_ended(self._sends))
+
+    async def _send_batch(
+        self, publication: Publication, pull: Pull, first: int, count: int, attempt: int
+    ) -> None:
+        blocks = publication.block_ids[first : first + count]
+        checksums = tuple(self._memory.checksum(block, pull.offset, pull.length) for block in blocks)
+        await self._send(Ready(first, checksums, attempt))
+        for index, block in enumerate(blocks, first):
+            await self._at_most_in_flight(IN_FLIGHT - 1)
+            data = self._memory.block(block, pull.offset, pull.length)
+            send = self._connection.send_payload(slot_of(index, attempt), data)
+            self._sends.add(asyncio.create_task(send))
+
+    async def _at_most_in_flight(self, count: int) -> None:
+        while len(self._sends) > count:
+            done, self._sends = await asyncio.wait(self._sends, return_when=asyncio.FIRST_COMPLETED)
+            for send in done:
+                send.result()
+
+    async def _wait_or_beat(self, changed: asyncio.Event, interval: float) -> None:
+        try:
+            async with asyncio.timeout(interval):
+                await changed.wait()
+        except TimeoutError:
+            await self._send(Heartbeat())
+
+    async def _send(self, frame: Frame) -> None:
+        await self._connection.send_frame(encode(self._stamp, frame))
+
+    async def _receive(self) -> Frame:
+        stamp, frame = decode(await self._connection.recv_frame())
+        if stamp != self._stamp:
+            raise ProtocolError(f"a frame of {stamp}")
+        return frame
+
+    async def _part(self, last: Frame) -> None:
+        """Sends the last frame and waits until the peer has closed: what closes first may lose it."""
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                await self._send(last)
+                while True:
+                    await self._connection.recv_frame()
+        except (ConnectionLost, ProtocolError, TimeoutError) as error:
+            logger.debug("parted from %s: %r", self._connection.peer, error, extra=self._extra)
+
+
+async def _all_ended(sends: set[asyncio.Task[None]]) -> None:
+    for error in await asyncio.gather(*sends, return_exceptions=True):
+        if error is not None:
+            logger.debug("a payload was not sent: %r", error)

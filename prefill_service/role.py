@@ -1,0 +1,145 @@
+"""The prefill side: reads prompts and offers their KV blocks while they are being computed.
+
+Owns a publication from its first block to its release; knows no routing policy and no decode worker.
+Invariant: blocks are freed only after their publication was released, when nobody can read them any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from engine import AsyncEngine, EngineOutput, EngineRequest
+from kvtransfer import BlockServer, KvHandle, Publication
+from splitserve.cluster import Role
+from splitserve.layout import KVLayout
+from splitserve.logs import ContextLogger, request_logger
+from splitserve.metrics import EngineMetrics
+from splitserve.sequences import SequenceRequest, sequence_from_proto
+from splitserve.v1 import worker_pb2 as pb
+from splitserve.v1 import worker_pb2_grpc
+from splitserve.wire import token_to_proto
+from splitserve.worker import not_joined
+
+log = logging.getLogger(__name__)
+
+
+class PrefillRole(worker_pb2_grpc.PrefillServicer):
+    """The servicer of ``splitserve.v1.Prefill`` and its block server."""
+
+    service = "splitserve.v1.Prefill"
+
+    def __init__(
+        self, engine: AsyncEngine, blocks: BlockServer, layout: KVLayout, fingerprint: str, metrics: EngineMetrics
+    ) -> None:
+        self._engine = engine
+        self._blocks = blocks
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._metrics = metrics
+        self._joined = False
+        self._releases: set[asyncio.Task[None]] = set()
+
+    def register(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_PrefillServicer_to_server(self, server)
+
+    async def start(self) -> Mapping[str, str]:
+        await self._blocks.start()
+        return self._blocks.addresses
+
+    def join(self, epoch: int) -> None:
+        self._blocks.join(epoch)
+        self._joined = True
+
+    async def close(self) -> None:
+        await self._blocks.close()  # releases every publication
+        if self._releases:
+            await asyncio.wait(self._releases)
+
+    async def Prefill(
+        self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[pb.PrefillEvent, None]:
+        if not self._joined:
+            raise not_joined(Role.PREFILL)
+        sequence = sequence_from_proto(request.sequence, self._fingerprint)
+        logger = request_logger(log, sequence.request_id)
+        work = EngineRequest(
+            sequence.request_id, sequence.tokens, sequence.params, sequence.num_prompt, sequence.salt, export=True
+        )
+        if _ends_with_first_token(sequence):
+            events = self._compute(work, None)
+        else:
+            publication = self._blocks.publish(self._layout.blocks_for(len(sequence.tokens)))
+            self._release_later(sequence.request_id, publication, logger)
+            yield pb.PrefillEvent(accepted=pb.PrefillAccepted(handle=_handle_to_proto(publication.handle)))
+            events = self._compute(work, publication)
+        async with aclosing(events):
+            async for output in events:
+                self._metrics.observe_queue_time(output.queue_seconds)
+                logger.info("prefilled", extra={"tokens": len(sequence.tokens), "cached": output.cached_tokens})
+                yield pb.PrefillEvent(
+                    done=pb.PrefillDone(
+                        token=token_to_proto(output.tokens[0]),
+                        cached_tokens=output.cached_tokens,
+                        queue_seconds=output.queue_seconds,
+                    )
+                )
+
+    async def _compute(
+        self, work: EngineRequest, publication: Publication | None
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Yields the output with the first token; publishes blocks as they become complete."""
+        finished = False
+        try:
+            async with aclosing(self._engine.generate(work)) as outputs:
+                async for output in outputs:
+                    finished = output.finished
+                    if publication is not None:
+                        self._publish(output, publication)
+                    if finished:
+                        yield output
+        finally:
+            if publication is None:
+                self._engine.release(work.request_id)
+            elif not finished:
+                publication.fail("the prefill was cancelled")
+
+    def _publish(self, output: EngineOutput, publication: Publication) -> None:
+        complete = output.num_computed // self._layout.block_tokens
+        ready = len(output.blocks) if output.finished else complete
+        publication.ready(output.blocks[len(publication.block_ids) : ready])
+        if output.finished:
+            token = output.tokens[0]
+            publication.finish(token.token, finished=token.finish_reason is not None)
+
+    def _release_later(self, request_id: str, publication: Publication, logger: ContextLogger) -> None:
+        async def release() -> None:
+            reason = await publication.released()
+            self._engine.release(request_id)
+            logger.info("blocks released", extra={"reason": reason.value})
+
+        task = asyncio.create_task(release(), name=f"release {request_id}")
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+
+def _ends_with_first_token(sequence: SequenceRequest) -> bool:
+    generated = len(sequence.tokens) - sequence.num_prompt
+    return sequence.params.max_tokens is not None and sequence.params.max_tokens - generated <= 1
+
+
+def _handle_to_proto(handle: KvHandle) -> pb.KvHandle:
+    return pb.KvHandle(
+        transfer_id=handle.transfer_id,
+        secret=handle.secret,
+        addresses=dict(handle.addresses),
+        source=handle.source,
+        epoch=handle.epoch,
+        fingerprint=handle.fingerprint,
+        num_blocks=handle.num_blocks,
+    )

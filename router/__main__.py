@@ -1,0 +1,69 @@
+"""``python -m router CONFIG``: a router; CONFIG is a RouterConfig as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+
+from router.catalog import Catalog
+from router.cluster import ClusterBackend
+from router.grpc_front import SERVICE, InferenceServicer
+from router.http.app import create_app
+from router.http.service import HttpConfig
+from router.legs import Channels
+from router.orchestrator import Orchestrator
+from router.planner import Planner
+from router.policy import PolicyConfig
+from router.snapshot import ClusterView
+from splitserve.children import tell_ready
+from splitserve.config import RouterConfig
+from splitserve.directory import Directory
+from splitserve.grpc_server import GrpcServer
+from splitserve.http_server import HttpServer
+from splitserve.logs import setup_logging
+from splitserve.metrics import RouterMetrics, new_registry
+from splitserve.process import run_process, stop_event
+from splitserve.v1 import inference_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+
+async def serve(config: RouterConfig) -> None:
+    """Runs a router until SIGTERM or SIGINT, then lets open requests end within the drain timeout."""
+    setup_logging("router", f"router-{socket.gethostname()}-{os.getpid()}", config.log.level, config.log.json)
+    stopping = stop_event()
+    registry = new_registry()
+    metrics = RouterMetrics(registry)
+    channels = Channels()
+    async with Directory(config.redis_url) as directory, ClusterView(directory) as view:
+        planner = Planner(directory, view, PolicyConfig(decode_only_tokens=config.decode_only_tokens))
+        orchestrator = Orchestrator(planner, view, channels, metrics, config.max_retries)
+        backend = ClusterBackend(view, Catalog(channels), orchestrator)
+        app = create_app(backend, HttpConfig(request_seconds=config.request_timeout), metrics, registry)
+        servicer = InferenceServicer(backend, metrics)
+        grpc_server = GrpcServer(
+            config.host,
+            config.grpc_port,
+            [SERVICE],
+            lambda server: inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server),
+            grace=config.drain_timeout,
+        )
+        http_server = HttpServer(app, config.host, config.port, grace=config.drain_timeout)
+        try:
+            async with grpc_server, http_server:
+                await grpc_server.ready()
+                tell_ready(config.ready_fd, {"http": http_server.url, "grpc": grpc_server.address})
+                log.info("ready", extra={"http": http_server.url, "grpc": grpc_server.address})
+                await stopping.wait()
+                log.info("draining", extra={"timeout": config.drain_timeout})
+                backend.drain()
+                await asyncio.gather(grpc_server.stop(), http_server.close())
+        finally:
+            await channels.close()
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    run_process(RouterConfig, serve)

@@ -1,0 +1,59 @@
+"""``POST /tokenize`` and ``/detokenize``: a model's tokenizer, without the model. Shapes are vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from router.admission import check_tokens
+from router.backend import ModelSpec
+from router.http.routing import JsonRoute
+from router.http.schemas import DetokenizeRequest, TokenizeRequest
+from router.http.service import GenerationService
+from splitserve.errors import InvalidRequest
+
+MAX_CHARS = 2**20  # about half a second of tokenising
+
+
+def tokenize_routes(service: GenerationService) -> APIRouter:
+    """The endpoints, bound to ``service``."""
+    router = APIRouter(route_class=JsonRoute)
+
+    @router.post("/tokenize", summary="Turn text or a conversation into token ids")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        spec = await service.find_model(body.model)
+        text, special = _text(spec, body)
+        if len(text) > MAX_CHARS:
+            raise InvalidRequest(f"the text has {len(text)} characters; at most {MAX_CHARS} are allowed", "prompt")
+        tokens = await spec.tokenizer.encode_async(text, special)
+        strings = [spec.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+        return {
+            "count": len(tokens),
+            "max_model_len": spec.max_model_len,
+            "tokens": tokens,
+            "token_strs": strings,
+        }
+
+    @router.post("/detokenize", summary="Turn token ids into text")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        spec = await service.find_model(body.model)
+        check_tokens(spec, body.tokens, "tokens")
+        return {"prompt": spec.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+    return router
+
+
+def _text(spec: ModelSpec, body: TokenizeRequest) -> tuple[str, bool]:
+    """The text and whether special tokens are to be added to it."""
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give either prompt or messages", "prompt")
+    if body.prompt is not None:
+        return body.prompt, body.add_special_tokens is not False
+    messages = [message.for_template() for message in body.messages or ()]
+    if not messages:
+        raise InvalidRequest("messages must not be empty", "messages")
+    text = spec.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=body.add_generation_prompt is not False
+    )
+    return text, bool(body.add_special_tokens)

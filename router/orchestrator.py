@@ -1,0 +1,193 @@
+"""A request's way through the two pools: plan, prefill leg, decode leg, and what to do when a leg breaks.
+
+Owns the order of events of one request; knows no text, no HTTP and no routing rule. The client's tokens are the
+only state: whatever breaks, the request goes on elsewhere from prompt + tokens already given out.
+Invariant: each token index is given out once, in order; leaving the generator ends the work on every worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
+
+from router.backend import GenerationChunk, GenerationRequest, ModelSpec
+from router.legs import Channels, DecodeLeg, Handle, PrefillLeg, open_decode, open_prefill
+from router.planner import Planner
+from router.policy import Plan
+from router.snapshot import ClusterView
+from splitserve.cluster import WorkerState
+from splitserve.errors import (
+    DeadlineExceeded,
+    EngineError,
+    Incompatible,
+    Overloaded,
+    SplitServeError,
+    TransferFailed,
+    Unavailable,
+)
+from splitserve.logs import ContextLogger, request_logger
+from splitserve.metrics import RouterMetrics
+from splitserve.sequences import SequenceRequest
+
+log = logging.getLogger(__name__)
+
+_RETRIED = (Unavailable, Overloaded, Incompatible, EngineError)
+
+
+class LegFailed(Exception):
+    """A leg broke in a way that another worker may not."""
+
+    def __init__(self, leg: str, worker: WorkerState, error: SplitServeError) -> None:
+        super().__init__(f"{leg} on {worker.info.id}: {error}")
+        self.leg = leg
+        self.worker = worker
+        self.error = error
+
+
+class Orchestrator:
+    def __init__(
+        self, planner: Planner, view: ClusterView, channels: Channels, metrics: RouterMetrics, max_retries: int
+    ) -> None:
+        self._planner = planner
+        self._view = view
+        self._channels = channels
+        self._metrics = metrics
+        self._max_retries = max_retries
+
+    async def generate(self, request: GenerationRequest, spec: ModelSpec) -> AsyncGenerator[GenerationChunk, None]:
+        """Raises what no other worker can mend, or the last failure when the retries are used up."""
+        logger = request_logger(log, request.request_id)
+        given: list[int] = []
+        excluded: set[str] = set()
+        retries = 0
+        while True:
+            sequence = _sequence(request, spec, given)
+            plan = await self._planner.plan(request, spec, sequence.tokens, excluded)
+            try:
+                async with aclosing(self._attempt(plan, request, sequence, logger)) as chunks:
+                    async for chunk in chunks:
+                        given += [token.token for token in chunk.tokens]
+                        yield chunk
+                return
+            except LegFailed as failure:
+                retries += 1
+                self._note(failure, excluded)
+                if retries > self._max_retries:
+                    raise failure.error from failure
+                self._metrics.observe_retry(request.model, failure.leg)
+                logger.warning("%s; going on elsewhere", failure, extra={"given": len(given)})
+
+    async def _attempt(
+        self, plan: Plan, request: GenerationRequest, sequence: SequenceRequest, logger: ContextLogger
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        """The request on the planned workers, from the first token that ``sequence`` lacks."""
+        logger.info("planned", extra=plan.describe())
+        async with AsyncExitStack() as legs:
+            handle = prefill = None
+            if plan.prefill is not None:
+                with _failing("prefill", plan.prefill):
+                    prefill = await self._open_prefill(legs, plan.prefill, plan, request, sequence)
+                    handle = await prefill.handle()
+            if prefill is None or not _ends_with_next(sequence):
+                decode = await self._open_decode(legs, plan, request, sequence, handle)
+            if prefill is not None and plan.prefill is not None:
+                with _failing("prefill", plan.prefill):
+                    first = await prefill.first_token()
+                yield GenerationChunk((first.token,), first.cached_tokens, prefill_worker=plan.prefill.info.id)
+                if first.token.finish_reason is not None:
+                    return
+            with _failing("decode", plan.decode, plan.prefill):
+                async for chunk in _decoded(decode, plan, is_start=prefill is None and not _given(sequence)):
+                    yield chunk
+
+    async def _open_prefill(
+        self,
+        legs: AsyncExitStack,
+        worker: WorkerState,
+        plan: Plan,
+        request: GenerationRequest,
+        sequence: SequenceRequest,
+    ) -> PrefillLeg:
+        legs.enter_context(self._view.begin(worker, plan.uncached_prefill))
+        return await legs.enter_async_context(
+            open_prefill(self._channels, worker.info, sequence, _remaining(request))
+        )
+
+    async def _open_decode(
+        self,
+        legs: AsyncExitStack,
+        plan: Plan,
+        request: GenerationRequest,
+        sequence: SequenceRequest,
+        handle: Handle | None,
+    ) -> DecodeLeg:
+        info = plan.decode.info
+        legs.enter_context(self._view.begin(plan.decode, plan.uncached_decode, plan.decode_blocks))
+        return await legs.enter_async_context(
+            open_decode(self._channels, info, sequence, handle, _remaining(request))
+        )
+
+    def _note(self, failure: LegFailed, excluded: set[str]) -> None:
+        """Keeps this request off the worker, and others too if the worker itself seems gone."""
+        excluded.add(failure.worker.info.id)
+        if isinstance(failure.error, Unavailable) and not isinstance(failure.error, TransferFailed):
+            self._view.report_failure(failure.worker.info.id, failure.worker.info.epoch)
+
+
+@contextmanager
+def _failing(leg: str, worker: WorkerState, source: WorkerState | None = None) -> Iterator[None]:
+    """Turns what another worker may do better into LegFailed. A failed transfer is the ``source``'s fault."""
+    try:
+        yield
+    except TransferFailed as error:
+        raise LegFailed("transfer", source or worker, error) from error
+    except _RETRIED as error:
+        raise LegFailed(leg, worker, error) from error
+
+
+async def _decoded(leg: DecodeLeg, plan: Plan, *, is_start: bool) -> AsyncIterator[GenerationChunk]:
+    """``is_start``: the first chunk begins the answer, and what it says of the prompt is worth telling."""
+    worker = plan.decode.info.id
+    async for tokens in leg.tokens():
+        if is_start:
+            yield GenerationChunk(
+                tokens.tokens, tokens.cached_tokens, tokens.prompt_logprobs or None, decode_worker=worker
+            )
+            is_start = False
+        else:
+            yield GenerationChunk(tokens.tokens, decode_worker=worker)
+        if tokens.tokens and tokens.tokens[-1].finish_reason is not None:
+            return
+    raise Unavailable("the decode worker ended the stream early")
+
+
+def _sequence(request: GenerationRequest, spec: ModelSpec, given: list[int]) -> SequenceRequest:
+    return SequenceRequest(
+        request_id=request.request_id,
+        fingerprint=spec.fingerprint,
+        tokens=[*request.prompt_tokens, *given],
+        num_prompt=len(request.prompt_tokens),
+        params=request.sampling,
+        salt=request.cache_salt,
+    )
+
+
+def _given(sequence: SequenceRequest) -> int:
+    return len(sequence.tokens) - sequence.num_prompt
+
+
+def _ends_with_next(sequence: SequenceRequest) -> bool:
+    """Whether the next token is the last one that was asked for, so that nothing is left to decode."""
+    return sequence.params.max_tokens is not None and _given(sequence) + 1 >= sequence.params.max_tokens
+
+
+def _remaining(request: GenerationRequest) -> float | None:
+    """Seconds that are left for the request. Raises DeadlineExceeded when there are none."""
+    if request.deadline is None:
+        return None
+    remaining = request.deadline - asyncio.get_running_loop().time()
+    if remaining <= 0:
+        raise DeadlineExceeded("the request's time is over")
+    return remaining

@@ -1,0 +1,270 @@
+"""What a router believes of its cluster: the latest worker states and its own requests in flight.
+
+Owns one task that reads the directory; knows no policy. Invariant: a worker leaves the view only because the
+directory, being healthy, has dropped it, because its lease has ended, or because a connection to it has failed;
+never because Redis is away or has lost its memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from splitserve.cluster import Role, WorkerLoad, WorkerState
+from splitserve.directory import Directory
+from splitserve.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+Incarnation = tuple[str, int]  # worker id, epoch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPool:
+    """The workers of one model that may work together: all of one fingerprint."""
+
+    model: str
+    fingerprint: str
+    states: tuple[WorkerState, ...]
+
+    def count(self, role: Role) -> int:
+        """Workers of ``role`` that take new requests."""
+        return sum(s.info.role is role and not s.load.draining for s in self.states)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sighting:
+    state: WorkerState
+    beat_at: float  # loop time of the heartbeat that the state was read from
+
+
+@dataclass(slots=True, eq=False)
+class _InFlight:
+    tokens: int  # to compute there
+    blocks: int  # to be held there
+    begun_at: float  # loop time
+
+
+class ClusterView:
+    """A router's view of the workers in ``directory``, refreshed every ``refresh_seconds``.
+
+    ``eject_seconds``: how long a worker is left alone after a failed connection.
+    """
+
+    def __init__(self, directory: Directory, refresh_seconds: float = 0.5, eject_seconds: float = 3.0) -> None:
+        self._directory = directory
+        self._refresh_seconds = refresh_seconds
+        self._eject_seconds = eject_seconds
+        self._seen: dict[str, _Sighting] = {}
+        self._ejected: dict[Incarnation, float] = {}  # until, in loop time
+        self._in_flight: defaultdict[Incarnation, set[_InFlight]] = defaultdict(set)
+        self._chosen: dict[str, str] = {}  # model -> fingerprint of the group in use
+        self._mismatches: set[tuple[str, frozenset[str]]] = set()
+        self._refreshed_at: float | None = None
+        self._failing = False
+        self._refreshing: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the last look at the directory failed: the view is what was last known."""
+        return self._failing or self._refreshed_at is None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Looks once and goes on looking. Does not raise when Redis is away."""
+        assert self._task is None, "already started"
+        await self.refresh()
+        self._task = asyncio.create_task(self._run(), name="cluster view")
+
+    async def close(self) -> None:
+        tasks = [task for task in (self._task, self._refreshing) if task is not None]
+        self._task = self._refreshing = None
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    async def refresh(self) -> bool:
+        """Looks at the directory now; callers at the same time share one look. False: it failed."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._look(), name="cluster view refresh")
+        await asyncio.shield(self._refreshing)
+        return not self._failing
+
+    def models(self) -> dict[str, ModelPool]:
+        """The pools of all models that have a worker."""
+        by_model: defaultdict[str, defaultdict[str, list[WorkerState]]] = defaultdict(lambda: defaultdict(list))
+        for state in self._live():
+            by_model[state.info.model][state.info.fingerprint].append(state)
+        return {
+            model: ModelPool(model, chosen, tuple(groups[chosen]))
+            for model, groups in by_model.items()
+            for chosen in [self._choose(model, groups)]
+        }
+
+    def pool(self, model: str) -> ModelPool | None:
+        """The workers that serve ``model``, with this router's own requests counted in."""
+        return self.models().get(model)
+
+    def states(self) -> list[WorkerState]:
+        """All workers in the view, whatever their model."""
+        return list(self._live())
+
+    def report_failure(self, worker_id: str, epoch: int) -> None:
+        """A connection to this incarnation failed: leave it alone for a while. A new incarnation is not meant."""
+        now = asyncio.get_running_loop().time()
+        if (worker_id, epoch) not in self._ejected:
+            logger.warning("worker %s failed: nothing new for %.1f s", worker_id, self._eject_seconds)
+        self._ejected[worker_id, epoch] = now + self._eject_seconds
+
+    @contextmanager
+    def begin(self, worker: WorkerState, tokens: int = 0, blocks: int = 0) -> Iterator[None]:
+        """Counts a request as in flight on a worker for the length of the block.
+
+        ``tokens``: to compute there; ``blocks``: to be held there. Until the worker's own numbers can tell of
+        it, the view adds it to them, so that requests that come between two heartbeats spread.
+        """
+        entry = _InFlight(tokens, blocks, asyncio.get_running_loop().time())
+        key = (worker.info.id, worker.info.epoch)
+        entries = self._in_flight[key]
+        entries.add(entry)
+        try:
+            yield
+        finally:
+            entries.discard(entry)
+            if not entries:
+                self._in_flight.pop(key, None)
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await asyncio.sleep(self._refresh_seconds)
+                await self.refresh()
+        except Exception:
+            logger.critical("the view of the cluster failed and stands still", exc_info=True)
+            raise
+
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        asked_at = loop.time()
+        try:
+            found = {
+                state.info.id: _Sighting(state, asked_at - state.age_seconds)
+                for state in await self._directory.workers()
+            }
+            gone = [id for id in self._seen if id not in found]
+            known = await self._directory.epochs(gone)
+        except Unavailable as error:
+            if not self._failing:
+                logger.warning("the directory is away (%s): going on with what was known", error.message)
+            self._failing = True
+            return
+        for id in gone:
+            # An epoch counter outlives its worker. Where it is missing, Redis has lost its memory, and the worker
+            # may live: it gets the rest of its lease to register again.
+            if id not in known and loop.time() - self._seen[id].beat_at < self._directory.lease_seconds:
+                found[id] = self._seen[id]
+        self._note_changes(found)
+        self._seen = found
+        self._ejected = {key: until for key, until in self._ejected.items() if until > loop.time()}
+        self._refreshed_at = loop.time()
+        if self._failing:
+            logger.info("the directory is back")
+        self._failing = False
+
+    def _note_changes(self, found: dict[str, _Sighting]) -> None:
+        before = {(s.state.info.id, s.state.info.epoch) for s in self._seen.values()}
+        after = {(s.state.info.id, s.state.info.epoch) for s in found.values()}
+        for id, epoch in sorted(after - before):
+            info = found[id].state.info
+            logger.info(
+                "worker %s joined (%s for %s at %s)",
+                id,
+                info.role,
+                info.model,
+                info.grpc_address,
+                extra={"epoch": epoch},
+            )
+        for id, epoch in sorted(before - after):
+            logger.info("worker %s left", id, extra={"epoch": epoch})
+
+    def _live(self) -> Iterator[WorkerState]:
+        now = asyncio.get_running_loop().time()
+        for sighting in self._seen.values():
+            info = sighting.state.info
+            if self._ejected.get((info.id, info.epoch), 0.0) <= now:
+                yield self._with_in_flight(sighting, now)
+
+    def _with_in_flight(self, sighting: _Sighting, now: float) -> WorkerState:
+        state, entries = (
+            sighting.state,
+            self._in_flight.get((sighting.state.info.id, sighting.state.info.epoch), ()),
+        )
+        age = now - sighting.beat_at
+        if self._failing and age > self._directory.lease_seconds:
+            # What the worker said of its load is history; what we have sent there is all that is known.
+            unseen: Sequence[_InFlight] = list(entries)
+            load = replace(state.load, num_running=0, num_waiting=0, queued_tokens=0, used_blocks=0)
+        else:
+            unseen = [entry for entry in entries if entry.begun_at >= sighting.beat_at]
+            load = state.load
+        return replace(state, load=_add(load, unseen), age_seconds=age)
+
+    def _choose(self, model: str, groups: dict[str, list[WorkerState]]) -> str:
+        """The fingerprint to serve: one with decode workers, the one in use before others, then the largest."""
+
+        def rank(fingerprint: str) -> tuple[bool, bool, int, int, str]:
+            states = groups[fingerprint]
+            decoders = sum(s.info.role is Role.DECODE and not s.load.draining for s in states)
+            return (decoders > 0, self._chosen.get(model) == fingerprint, decoders, len(states), fingerprint)
+
+        chosen = max(groups, key=rank)
+        self._chosen[model] = chosen
+        if len(groups) > 1:
+            self._log_mismatch(model, groups, chosen)
+        return chosen
+
+    def _log_mismatch(self, model: str, groups: dict[str, list[WorkerState]], chosen: str) -> None:
+        key = (model, frozenset(groups))
+        if key in self._mismatches:
+            return
+        self._mismatches.add(key)
+        described = "; ".join(
+            f"{', '.join(s.info.id for s in states)}: {fingerprint[:12]}"
+            f" ({states[0].info.block_tokens} tokens a block, version {states[0].info.version or 'unknown'})"
+            for fingerprint, states in sorted(groups.items())
+        )
+        logger.error(
+            "workers of model %s differ in fingerprint (weights, dtype, block size or layout) and are not mixed:"
+            " %s; requests go to those with %s",
+            model,
+            described,
+            chosen[:12],
+        )
+
+
+def _add(load: WorkerLoad, entries: Sequence[_InFlight]) -> WorkerLoad:
+    if not entries:
+        return load
+    return replace(
+        load,
+        num_waiting=load.num_waiting + len(entries),
+        queued_tokens=load.queued_tokens + sum(entry.tokens for entry in entries),
+        used_blocks=load.used_blocks + sum(entry.blocks for entry in entries),
+    )

@@ -1,0 +1,132 @@
+"""Processes of a local cluster, started and ended by one parent.
+
+A child says that it is ready, and where it can be reached, by one JSON line on a pipe that it inherits, so
+nobody polls. Owns the processes; knows their configurations only as something to pass on.
+Invariant: leaving the block leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from splitserve.config import RouterConfig, WorkerConfig
+from splitserve.errors import ConfigError
+from splitserve.process import config_to_json
+
+_KILL_AFTER = 5.0  # seconds behind the child's own drain timeout
+_MODULES = {"prefill": "prefill_service", "decode": "decode_service"}
+
+
+class Child:
+    """One process of the cluster."""
+
+    def __init__(self, name: str, config: WorkerConfig | RouterConfig, log_dir: Path | None = None) -> None:
+        self.name = name
+        self.config = config
+        self.addresses: Mapping[str, str] = {}  # filled by `ready`
+        self._log_dir = log_dir
+        self._process: asyncio.subprocess.Process | None = None
+        self._pipe: asyncio.StreamReader | None = None
+        self._transport: asyncio.BaseTransport | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return None if self._process is None else self._process.returncode
+
+    @property
+    def log_path(self) -> Path | None:
+        return None if self._log_dir is None else self._log_dir / f"{self.name}.log"
+
+    async def start(self) -> None:
+        reading, writing = os.pipe()
+        config = replace(self.config, ready_fd=writing)
+        module = _MODULES[config.role] if isinstance(config, WorkerConfig) else "router"
+        stderr = None if self.log_path is None else self.log_path.open("ab")
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                module,
+                config_to_json(config),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=(writing,),
+                start_new_session=True,  # Ctrl-C is the parent's to hear
+            )
+        finally:
+            os.close(writing)
+            if stderr is not None:
+                stderr.close()
+        self._pipe = asyncio.StreamReader()
+        self._transport, _protocol = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(self._pipe),  # type: ignore[arg-type]
+            os.fdopen(reading, "rb", 0),
+        )
+
+    async def ready(self, timeout: float) -> Mapping[str, str]:
+        """Waits until the process serves; its addresses. Raises ConfigError if it ends or takes too long."""
+        assert self._pipe is not None
+        try:
+            line = await asyncio.wait_for(self._pipe.readline(), timeout)
+        except TimeoutError:
+            raise ConfigError(f"{self.name} was not ready within {timeout:.0f} s") from None
+        if not line:
+            code = await self.wait()
+            where = "" if self.log_path is None else f"; see {self.log_path}"
+            raise ConfigError(f"{self.name} ended with exit code {code} before it was ready{where}")
+        self.addresses = json.loads(line)
+        return self.addresses
+
+    async def wait(self) -> int:
+        assert self._process is not None
+        return await self._process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        if self._process.returncode is None:
+            self._process.send_signal(number)
+
+    async def stop(self) -> int:
+        """SIGTERM, time to drain, SIGKILL. Returns the exit code."""
+        if self._process is None:
+            return 0
+        self.signal(signal.SIGTERM)
+        try:
+            return await asyncio.wait_for(self.wait(), self.config.drain_timeout + _KILL_AFTER)
+        except TimeoutError:
+            self.signal(signal.SIGKILL)
+            return await self.wait()
+        finally:
+            if self._transport is not None:
+                self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+def tell_ready(ready_fd: int | None, addresses: Mapping[str, str]) -> None:
+    """The child's side: tells the parent, if there is one that asked, that it serves at ``addresses``."""
+    if ready_fd is not None:
+        with os.fdopen(ready_fd, "w") as pipe:
+            pipe.write(json.dumps(dict(addresses)) + "\n")

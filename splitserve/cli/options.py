@@ -1,0 +1,154 @@
+"""Flags that several commands share. Precedence: flag, ``SPLITSERVE_*`` variable, ``--config`` YAML, default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from splitserve.cluster import Role
+from splitserve.config import LogConfig, WorkerConfig
+from splitserve.errors import ConfigError
+
+
+def _load_yaml(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the file's entries the defaults of this command; names as the flags, with - or _."""
+    if path is None:
+        return None
+    try:
+        entries: Any = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{path} must map flags to values")
+    known = {p.name for p in context.command.params}
+    given = {str(key).replace("-", "_"): value for key, value in entries.items()}
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"{path} sets {', '.join(unknown)}, which this command does not have")
+    context.default_map = {**(context.default_map or {}), **given}
+    return path
+
+
+def _option(*names: str, help: str, **more: Any) -> Any:
+    variable = "SPLITSERVE_" + names[0].lstrip("-").split("/")[0].upper().replace("-", "_")
+    return typer.Option(*names, help=help, envvar=variable, show_envvar=False, **more)
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="YAML file with defaults for the flags below.", callback=_load_yaml, is_eager=True
+    ),
+]
+Model = Annotated[str, _option("--model", help="Directory, .gguf file, hub id (owner/name) or alias (smollm2).")]
+ServedName = Annotated[str | None, _option("--served-model-name", help="Name that clients use. Default: --model.")]
+Dtype = Annotated[str, _option("--dtype", help="auto (bfloat16), bfloat16 or float32.")]
+MaxModelLen = Annotated[
+    int | None, _option("--max-model-len", help="Longest prompt plus answer, in tokens.", min=2)
+]
+MaxNumSeqs = Annotated[int, _option("--max-num-seqs", help="Sequences in one step.", min=1, max=4096)]
+MaxBatchedTokens = Annotated[
+    int, _option("--max-num-batched-tokens", help="Tokens in one step: the chunk of chunked prefill.", min=1)
+]
+BlockSize = Annotated[int, _option("--block-size", help="Tokens in a KV block: 16 or 32.")]
+KvCacheMemory = Annotated[
+    str | None,
+    _option("--kv-cache-memory", help="Size of the KV pool, such as 512M or 4G. Default: from free memory."),
+]
+PrefixCaching = Annotated[
+    bool, _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse blocks of equal prefixes.")
+]
+Kernels = Annotated[str, _option("--kernels", help="Kernel backend: auto, or the name of one.")]
+RedisUrl = Annotated[str | None, _option("--redis-url", help="redis://, rediss:// or unix:// address of Redis.")]
+Host = Annotated[str, _option("--host", help="Address to listen on; others than loopback must be asked for.")]
+AdvertiseHost = Annotated[
+    str | None,
+    _option(
+        "--advertise-host",
+        help="Address at which other processes reach this one. Default: --host; where that is a wildcard, the"
+        " address of the interface that reaches Redis.",
+    ),
+]
+Transports = Annotated[
+    str | None, _option("--kv-transport", help="KV transports in order of preference, e.g. ucx,tcp.")
+]
+MetricsPort = Annotated[
+    int, _option("--metrics-port", help="Port of /metrics, /live and /ready; 0: any free one.")
+]
+WorkerId = Annotated[
+    str | None, _option("--worker-id", help="Name in the directory. Default: role, host, process.")
+]
+Cores = Annotated[
+    str | None, _option("--cores", help="Cores to run on, such as 0-3 or 0,2. Default: all allowed.")
+]
+MaxWaiting = Annotated[int, _option("--max-waiting", help="Requests that may wait on a worker before it refuses.")]
+DrainTimeout = Annotated[
+    float, _option("--drain-timeout", help="Seconds to finish open requests at the end.", min=0)
+]
+DecodeOnlyTokens = Annotated[
+    int, _option("--decode-only-tokens", help="Prompts with fewer uncached tokens skip the prefill worker.", min=0)
+]
+RequestTimeout = Annotated[float, _option("--request-timeout", help="Longest time for one request, in seconds.")]
+Port = Annotated[int, _option("--port", help="Port of the HTTP API; 0: any free one.", min=0, max=65535)]
+GrpcPort = Annotated[int, _option("--grpc-port", help="Port of the public gRPC API; 0: any free one.")]
+WorkerPort = Annotated[int, typer.Option("--port", help="gRPC port; 0: any free one.", min=0, max=65535)]
+LogLevel = Annotated[str, _option("--log-level", help="debug, info, warning or error.")]
+LogJson = Annotated[bool, _option("--log-json/--no-log-json", help="One JSON object a line.")]
+
+# flags that mean the same as a field of WorkerConfig with this name
+_SAME = (
+    "model", "redis_url", "served_model_name", "worker_id", "host", "advertise_host", "port", "metrics_port",
+    "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "kernels",
+    "max_waiting", "drain_timeout",
+)  # fmt: skip
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """``512M`` -> 536870912. Raises ConfigError."""
+    if text is None:
+        return None
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    try:
+        size = float(number.removesuffix(unit)) * _UNITS[unit]
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a size such as 512M or 4G") from None
+    if not 0 < size < 2**63:
+        raise ConfigError(f"{text!r} is not a possible size")
+    return int(size)
+
+
+def parse_cores(text: str | None) -> tuple[int, ...]:
+    """``0-2,5`` -> (0, 1, 2, 5). Raises ConfigError."""
+    if not text:
+        return ()
+    try:
+        parts = [part.split("-") for part in text.split(",")]
+        return tuple(sorted({core for p in parts for core in range(int(p[0]), int(p[-1]) + 1)}))
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a list of cores such as 0-3 or 0,2") from None
+
+
+def parse_list(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def worker_config(role: Role, flags: Mapping[str, Any]) -> WorkerConfig:
+    """From the flags of a command, by parameter name. Raises ConfigError for values that can't be."""
+    if flags["block_size"] not in (16, 32):
+        raise ConfigError(f"--block-size must be 16 or 32, not {flags['block_size']}")
+    if flags["max_num_batched_tokens"] < flags["max_num_seqs"]:
+        raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs: each takes one token a step")
+    return WorkerConfig(
+        role=role,
+        transports=parse_list(flags["kv_transport"]),
+        block_tokens=flags["block_size"],
+        kv_cache_memory=parse_bytes(flags["kv_cache_memory"]),
+        cores=parse_cores(flags.get("cores")),
+        log=LogConfig(flags["log_level"], flags["log_json"]),
+        **{name: flags[name] for name in _SAME if name in flags},
+    )

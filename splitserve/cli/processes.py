@@ -1,0 +1,113 @@
+"""``splitserve router | prefill | decode``: one process each. The command becomes the process."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from splitserve.cli import options as o
+from splitserve.cluster import Role
+from splitserve.config import LogConfig, RouterConfig, WorkerConfig
+from splitserve.errors import ConfigError
+from splitserve.process import config_to_json
+
+_NO_REDIS = "--redis-url is needed: the address of the Redis that the cluster shares"
+
+
+def router(
+    redis_url: o.RedisUrl = None,
+    host: o.Host = "127.0.0.1",
+    port: o.Port = 8000,
+    grpc_port: o.GrpcPort = 50051,
+    decode_only_tokens: o.DecodeOnlyTokens = 64,
+    request_timeout: o.RequestTimeout = 600.0,
+    drain_timeout: o.DrainTimeout = 30.0,
+    log_level: o.LogLevel = "info",
+    log_json: o.LogJson = False,
+    config: o.ConfigFile = None,
+) -> None:
+    """Runs a router: the OpenAI-compatible HTTP API and the public gRPC API."""
+    if redis_url is None:
+        raise ConfigError(_NO_REDIS)
+    become(
+        RouterConfig(
+            redis_url=redis_url,
+            host=host,
+            port=port,
+            grpc_port=grpc_port,
+            decode_only_tokens=decode_only_tokens,
+            request_timeout=request_timeout,
+            drain_timeout=drain_timeout,
+            log=LogConfig(log_level, log_json),
+        )
+    )
+
+
+def prefill(
+    model: o.Model,
+    redis_url: o.RedisUrl = None,
+    served_model_name: o.ServedName = None,
+    worker_id: o.WorkerId = None,
+    host: o.Host = "127.0.0.1",
+    advertise_host: o.AdvertiseHost = None,
+    port: o.WorkerPort = 0,
+    metrics_port: o.MetricsPort = 0,
+    kv_transport: o.Transports = None,
+    dtype: o.Dtype = "auto",
+    max_model_len: o.MaxModelLen = None,
+    max_num_seqs: o.MaxNumSeqs = 64,
+    max_num_batched_tokens: o.MaxBatchedTokens = 512,
+    block_size: o.BlockSize = 16,
+    kv_cache_memory: o.KvCacheMemory = None,
+    enable_prefix_caching: o.PrefixCaching = True,
+    kernels: o.Kernels = "auto",
+    cores: o.Cores = None,
+    max_waiting: o.MaxWaiting = 256,
+    drain_timeout: o.DrainTimeout = 30.0,
+    log_level: o.LogLevel = "info",
+    log_json: o.LogJson = False,
+    config: o.ConfigFile = None,
+) -> None:
+    """Runs a prefill worker: reads prompts and offers their KV blocks."""
+    become(_worker(Role.PREFILL, locals()))
+
+
+def decode(
+    model: o.Model,
+    redis_url: o.RedisUrl = None,
+    served_model_name: o.ServedName = None,
+    worker_id: o.WorkerId = None,
+    host: o.Host = "127.0.0.1",
+    advertise_host: o.AdvertiseHost = None,
+    port: o.WorkerPort = 0,
+    metrics_port: o.MetricsPort = 0,
+    kv_transport: o.Transports = None,
+    dtype: o.Dtype = "auto",
+    max_model_len: o.MaxModelLen = None,
+    max_num_seqs: o.MaxNumSeqs = 64,
+    max_num_batched_tokens: o.MaxBatchedTokens = 512,
+    block_size: o.BlockSize = 16,
+    kv_cache_memory: o.KvCacheMemory = None,
+    enable_prefix_caching: o.PrefixCaching = True,
+    kernels: o.Kernels = "auto",
+    cores: o.Cores = None,
+    max_waiting: o.MaxWaiting = 256,
+    drain_timeout: o.DrainTimeout = 30.0,
+    log_level: o.LogLevel = "info",
+    log_json: o.LogJson = False,
+    config: o.ConfigFile = None,
+) -> None:
+    """Runs a decode worker: pulls KV blocks and generates."""
+    become(_worker(Role.DECODE, locals()))
+
+
+def become(config: WorkerConfig | RouterConfig) -> None:
+    """Replaces this process by the service."""
+    module = f"{config.role}_service" if isinstance(config, WorkerConfig) else "router"
+    os.execv(sys.executable, [sys.executable, "-m", module, config_to_json(config)])  # noqa: S606
+
+
+def _worker(role: Role, flags: dict[str, object]) -> WorkerConfig:
+    if flags["redis_url"] is None:
+        raise ConfigError(_NO_REDIS)
+    return o.worker_config(role, flags)

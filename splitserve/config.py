@@ -1,0 +1,61 @@
+"""How processes are set up: one frozen dataclass a kind, resolved once at the start by the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from splitserve.cluster import Role
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    level: str = "info"
+    json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """A prefill or decode worker. Seconds, bytes and tokens; ports of 0 mean any free one."""
+
+    role: Role
+    model: str
+    redis_url: str
+    served_model_name: str | None = None
+    worker_id: str | None = None  # None: made of role, host name and process id
+    host: str = "127.0.0.1"  # listens here
+    advertise_host: str | None = None  # others reach it here; None: see `splitserve.addresses`
+    port: int = 0
+    metrics_port: int = 0
+    transports: tuple[str, ...] = ()  # in order of preference; empty: the best that are installed
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_tokens: int = 16
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    max_waiting: int = 256
+    kernels: str = "auto"
+    cores: tuple[int, ...] = ()  # empty: all that the process may use
+    lease_seconds: float = 5.0  # how long the directory believes a silent worker
+    transfer_lease_seconds: float = 10.0
+    drain_timeout: float = 30.0
+    log: LogConfig = field(default_factory=LogConfig)
+    ready_fd: int | None = None  # a pipe to tell a parent process that this one serves
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """A router. Seconds and tokens; ports of 0 mean any free one."""
+
+    redis_url: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int = 50051
+    decode_only_tokens: int = 64  # prompts with fewer uncached tokens skip the prefill worker
+    max_retries: int = 2  # legs of one request that are tried again
+    max_concurrent_requests: int = 1024
+    request_timeout: float = 600.0
+    drain_timeout: float = 30.0
+    log: LogConfig = field(default_factory=LogConfig)
+    ready_fd: int | None = None  # a pipe to tell a parent process that this one serves

@@ -1,0 +1,136 @@
+"""A whole cluster on this machine: Redis if none is given, workers with their own cores, a router.
+
+Owns the order of start and end. Knows nothing of models or requests. Invariant: whatever fails, every process
+that was started has ended when the block is left, router first, Redis last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from splitserve.children import Child
+from splitserve.config import RouterConfig, WorkerConfig
+from splitserve.redis_server import PrivateRedis
+
+START_SECONDS = 600.0  # a large model takes long to read
+
+Report = Callable[[str, str], None]  # (process, what happened)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """What to start. An empty ``redis_url`` in the configurations means: the private Redis."""
+
+    router: RouterConfig
+    workers: tuple[WorkerConfig, ...]
+    run_dir: Path  # sockets
+    log_dir: Path | None = None  # None: the children write to this process's stderr
+
+
+class LocalCluster:
+    """``async with LocalCluster(spec) as cluster``: ready inside, drained and gone outside."""
+
+    def __init__(self, spec: ClusterSpec, report: Report | None = None) -> None:
+        self._spec = spec
+        self._report = report or (lambda process, text: None)
+        self._stack = AsyncExitStack()
+        self.redis: PrivateRedis | None = None
+        self.redis_url = spec.router.redis_url
+        self.children: dict[str, Child] = {}
+
+    @property
+    def router(self) -> Child:
+        return self.children["router"]
+
+    @property
+    def http_url(self) -> str:
+        return self.router.addresses["http"]
+
+    @property
+    def grpc_address(self) -> str:
+        return self.router.addresses["grpc"]
+
+    async def __aenter__(self) -> Self:
+        try:
+            if not self.redis_url:
+                self.redis = PrivateRedis(self._spec.run_dir)
+                self.redis_url = await self._stack.enter_async_context(self.redis)
+                self._report("redis", "ready")
+            await asyncio.gather(*(self._start(c.worker_id or c.role, c) for c in self._spec.workers))
+            await self._start("router", self._spec.router)
+            names = list(self.children)
+            await asyncio.gather(*(self._ready(self.children[name]) for name in names))
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def add(self, name: str, config: WorkerConfig) -> Child:
+        """One more worker, ready on return."""
+        await self._start(name, config)
+        await self._ready(self.children[name])
+        return self.children[name]
+
+    async def close(self) -> dict[str, int]:
+        """Drains the router, then the workers; exit codes by process."""
+        codes: dict[str, int] = {}
+        router = self.children.pop("router", None)
+        if router is not None:
+            codes["router"] = await self._stop(router)
+        workers = list(self.children.values())
+        self.children.clear()
+        codes |= zip(
+            (w.name for w in workers), await asyncio.gather(*(self._stop(w) for w in workers)), strict=True
+        )
+        await self._stack.aclose()
+        return codes
+
+    async def first_to_end(self) -> tuple[str, int]:
+        """Waits until any process ends by itself; its name and exit code."""
+        waits = {asyncio.ensure_future(child.wait()): name for name, child in self.children.items()}
+        if self.redis is not None:
+            waits[asyncio.ensure_future(self.redis.wait())] = "redis"
+        try:
+            done, _pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+        first = done.pop()
+        return waits[first], first.result()
+
+    async def _start(self, name: str, config: WorkerConfig | RouterConfig) -> None:
+        child = Child(name, replace(config, redis_url=config.redis_url or self.redis_url), self._spec.log_dir)
+        await child.start()
+        self.children[name] = child
+        self._report(name, f"started, process {child.pid}")
+
+    async def _ready(self, child: Child) -> None:
+        addresses = await child.ready(START_SECONDS)
+        self._report(child.name, "ready at " + ", ".join(f"{k} {v}" for k, v in addresses.items()))
+
+    async def _stop(self, child: Child) -> int:
+        code = await child.stop()
+        self._report(child.name, f"ended with exit code {code}")
+        return code
+
+
+def divide_cores(num_workers: int, available: Sequence[int] | None = None) -> list[tuple[int, ...]]:
+    """Cores for each worker: disjoint while there are enough, else one each in turn."""
+    cores = sorted(os.sched_getaffinity(0) if available is None else available)
+    if num_workers > len(cores):
+        return [(cores[i % len(cores)],) for i in range(num_workers)]
+    bounds = [round(i * len(cores) / num_workers) for i in range(num_workers + 1)]
+    return [tuple(cores[a:b]) for a, b in itertools.pairwise(bounds)]

@@ -1,0 +1,84 @@
+"""The HTTP port of a worker: ``/metrics`` for Prometheus, ``/live`` and ``/ready`` for whoever restarts it.
+
+Owns no metric and no state: asks for both at each request. Invariant: nothing but these three paths, read only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from splitserve.http_server import HttpServer
+
+TEXT = "text/plain; charset=utf-8"
+
+
+class MetricsServer:
+    """Serves ``registry`` on ``host:port`` (0 picks a port). ``not_ready`` says why not, in words; empty: ready.
+
+    Raises ConfigError when the port can't be bound.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        not_ready: Callable[[], Sequence[str]],
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        self._registry = registry
+        self._not_ready = not_ready
+        self._server = HttpServer(self._app, host, port, grace=1.0, interface="asgi3")
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> int:
+        """Listens when it returns. Returns the port."""
+        return await self._server.start()
+
+    async def close(self) -> None:
+        await self._server.close()
+
+    async def _app(
+        self,
+        scope: dict[str, Any],
+        receive: Callable[[], Awaitable[dict[str, Any]]],
+        send: Callable[[dict[str, Any]], Awaitable[None]],
+    ) -> None:
+        if scope["type"] != "http":
+            return
+        status, content_type, body = self._answer(scope["method"], scope["path"])
+        headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    def _answer(self, method: str, path: str) -> tuple[int, str, bytes]:
+        if path not in ("/metrics", "/live", "/ready"):
+            return 404, TEXT, b"not found\n"
+        if method not in ("GET", "HEAD"):
+            return 405, TEXT, b"method not allowed\n"
+        if path == "/metrics":
+            return 200, CONTENT_TYPE_LATEST, generate_latest(self._registry)
+        reasons = self._not_ready() if path == "/ready" else ()
+        if reasons:
+            return 503, TEXT, "".join(f"{reason}\n" for reason in reasons).encode()
+        return 200, TEXT, b"ok\n"

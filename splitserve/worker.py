@@ -1,0 +1,198 @@
+"""The life of a worker process, whatever its role: load, join, serve, drain, leave.
+
+Owns the order of these steps, the ports, the agent that speaks to the directory, and the export of the engine's
+numbers. Knows an engine only by the `WorkerEngine` protocol, and a role only by `WorkerRole`.
+Invariant: health and directory say ready only while requests are accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+import splitserve
+from splitserve.addresses import advertised_host, join
+from splitserve.agent import WorkerAgent
+from splitserve.children import tell_ready
+from splitserve.cluster import Role, WorkerInfo, WorkerLoad
+from splitserve.config import WorkerConfig
+from splitserve.directory import Directory
+from splitserve.errors import Unavailable
+from splitserve.grpc_server import GrpcServer
+from splitserve.hashing import BlockHash
+from splitserve.logs import setup_logging
+from splitserve.metrics import EngineMetrics, new_registry
+from splitserve.metrics_server import MetricsServer
+from splitserve.model_info import ModelDescription, description_to_proto
+from splitserve.process import stop_event
+from splitserve.v1 import worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+WORKER_SERVICE = "splitserve.v1.Worker"
+_GAUGE_SECONDS = 0.5
+
+
+class Stats(Protocol):
+    """Counters of an engine that only grow."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    preemptions: int
+
+
+class WorkerEngine(Protocol):
+    """What the process needs of its engine."""
+
+    @property
+    def stats(self) -> Stats: ...
+    @property
+    def num_blocks(self) -> int: ...
+    async def start(self) -> None: ...
+    async def close(self) -> None: ...
+    def load(self) -> WorkerLoad: ...
+    def take_block_events(self) -> tuple[list[BlockHash], list[BlockHash]]: ...
+    def known_hashes(self) -> list[BlockHash]: ...
+
+
+class WorkerRole(Protocol):
+    """What a role adds: its servicer and its side of the transfers."""
+
+    service: str  # full name of its gRPC service
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the servicer."""
+        ...
+
+    async def start(self) -> Mapping[str, str]:
+        """Opens its side of the transfers; addresses by transport name, empty if it only pulls."""
+        ...
+
+    def join(self, epoch: int) -> None:
+        """The directory has given this incarnation its number; requests may come now."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class InfoServicer(worker_pb2_grpc.WorkerServicer):
+    """Tells routers about the model."""
+
+    def __init__(self, description: ModelDescription) -> None:
+        self._message = description_to_proto(description)
+
+    async def GetModel(
+        self, request: worker_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.ModelInfo:
+        return self._message
+
+
+_Engine = TypeVar("_Engine", bound=WorkerEngine)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """What a role is made with. ``config.worker_id`` and ``config.advertise_host`` are set."""
+
+    config: WorkerConfig
+    description: ModelDescription
+    registry: CollectorRegistry
+    metrics: EngineMetrics
+
+
+async def run_worker(
+    config: WorkerConfig,
+    load: Callable[[WorkerConfig], tuple[_Engine, ModelDescription]],
+    make_role: Callable[[WorkerContext, _Engine], WorkerRole],
+) -> None:
+    """Runs a worker until SIGTERM or SIGINT, then drains it. ``load`` reads the model and warms it up; it runs in
+    a thread. Raises ConfigError when the worker can't start."""
+    worker_id = config.worker_id or f"{config.role}-{socket.gethostname()}-{os.getpid()}"
+    config = replace(config, worker_id=worker_id)
+    setup_logging(config.role, worker_id, config.log.level, config.log.json)
+    stopping = stop_event()
+    registry = new_registry()
+    not_ready = ["the model is being loaded"]
+    async with (
+        Directory(config.redis_url, config.lease_seconds) as directory,
+        MetricsServer(registry, lambda: not_ready, config.host, config.metrics_port) as metrics_server,
+    ):
+        reachable = await advertised_host(config.host, config.advertise_host, config.redis_url)
+        config = replace(config, advertise_host=reachable)
+        engine, description = await asyncio.to_thread(load, config)
+        metrics = EngineMetrics(registry, description.model, config.role)
+        role = make_role(WorkerContext(config, description, registry, metrics), engine)
+        await engine.start()
+        try:
+            server = GrpcServer(
+                config.host,
+                config.port,
+                [role.service, WORKER_SERVICE],
+                lambda s: _register(s, role, description),
+                grace=config.drain_timeout,
+            )
+            async with server:
+                info = WorkerInfo(
+                    id=worker_id,
+                    role=config.role,
+                    model=description.model,
+                    fingerprint=description.fingerprint,
+                    grpc_address=join(reachable, server.port),
+                    block_tokens=description.block_tokens,
+                    num_blocks=engine.num_blocks,
+                    max_num_seqs=config.max_num_seqs,
+                    max_model_len=description.max_model_len,
+                    transfer_addresses=await role.start(),
+                    pid=os.getpid(),
+                    version=splitserve.__version__,
+                )
+                agent = WorkerAgent(directory, info, engine.load, engine.take_block_events, engine.known_hashes)
+                async with agent:
+                    role.join(agent.info.epoch)
+                    await server.ready()
+                    not_ready.clear()
+                    tell_ready(config.ready_fd, {"grpc": info.grpc_address, "metrics": metrics_server.url})
+                    log.info("ready", extra={"grpc": info.grpc_address, "metrics": metrics_server.url})
+                    await _export_until(stopping, engine, metrics)
+                    not_ready.append("draining")
+                    log.info("draining", extra={"timeout": config.drain_timeout})
+                    await server.not_ready()
+                    agent.set_draining()
+                    await server.stop()
+        finally:
+            await role.close()
+            await engine.close()
+    log.info("stopped")
+
+
+def _register(server: grpc.aio.Server, role: WorkerRole, description: ModelDescription) -> None:
+    role.register(server)
+    worker_pb2_grpc.add_WorkerServicer_to_server(InfoServicer(description), server)
+
+
+async def _export_until(stopping: asyncio.Event, engine: WorkerEngine, metrics: EngineMetrics) -> None:
+    """Copies the engine's numbers into the metrics twice a second until it is time to stop."""
+    prompt = cached = preemptions = 0
+    while not stopping.is_set():
+        load, stats = engine.load(), engine.stats
+        metrics.set_load(load.num_running, load.num_waiting, load.used_blocks / engine.num_blocks)
+        metrics.add_prefix_lookup(stats.prompt_tokens - prompt, stats.cached_tokens - cached)
+        metrics.add_preemptions(stats.preemptions - preemptions)
+        prompt, cached, preemptions = stats.prompt_tokens, stats.cached_tokens, stats.preemptions
+        try:
+            await asyncio.wait_for(stopping.wait(), _GAUGE_SECONDS)
+        except TimeoutError:
+            continue
+
+
+def not_joined(role: Role) -> Unavailable:
+    """What a servicer answers before `WorkerRole.join`."""
+    return Unavailable(f"this {role} worker has not joined the cluster yet")

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from engine import AsyncEngine, Engine, EngineConfig, EngineRequest, open_model
+from splitserve.errors import EngineError, InvalidRequest, Overloaded
+from splitserve.sampling import SamplingParams
+
+POOL = 40 * 16 * 2 * 2 * 2 * 16 * 4  # bytes: 40 blocks
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture
+async def engine(tiny: Callable[..., Path]) -> AsyncIterator[AsyncEngine]:
+    files = open_model(tiny())
+    core = Engine(EngineConfig(str(tiny()), dtype="float32", kv_cache_memory=POOL, threads=1), files)
+    served = AsyncEngine(core, max_waiting=4)
+    await served.start()
+    yield served
+    await served.check_integrity()
+    await served.close()
+
+
+def request(name: str, tokens: list[int], params: SamplingParams = GREEDY, **more: bool) -> EngineRequest:
+    return EngineRequest(name, tokens, params, **more)
+
+
+async def answer(engine: AsyncEngine, wanted: EngineRequest) -> list[int]:
+    return [t.token async for output in engine.generate(wanted) for t in output.tokens]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_requests_are_answered_together(engine: AsyncEngine) -> None:
+    answers = await asyncio.gather(*(answer(engine, request(str(i), [i, 3])) for i in range(4)))
+    assert all(len(tokens) == 8 for tokens in answers)
+
+
+async def test_leaving_early_frees_the_blocks(engine: AsyncEngine) -> None:
+    long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    async with aclosing(engine.generate(request("a", [1, 2], long))) as outputs:
+        await anext(outputs)
+    await until(lambda: engine.engine.pool.num_used == 0)
+
+
+async def test_an_export_gives_one_token_and_keeps_its_blocks(engine: AsyncEngine) -> None:
+    outputs = [o async for o in engine.generate(request("a", list(range(40)), export=True))]
+    assert outputs[-1].finished and len(outputs[-1].tokens) == 1
+    assert outputs[-1].num_computed == 40 and len(outputs[-1].blocks) == 3
+    assert engine.engine.pool.num_used == 3
+    engine.release("a")
+    await until(lambda: engine.engine.pool.num_used == 0)
+
+
+async def test_a_loaded_request_goes_on_where_the_export_ended(engine: AsyncEngine) -> None:
+    prompt = list(range(50, 90))
+    whole = await answer(engine, request("whole", prompt))
+    async for output in engine.generate(request("export", prompt, export=True)):
+        exported = output
+    reservation = await engine.reserve(EngineRequest("load", prompt, GREEDY, salt="other"))
+    pool = engine.engine.runner.kv
+    for source, target in zip(exported.blocks, reservation.blocks, strict=True):
+        pool[target] = pool[source]
+    loaded = engine.generate_loaded("load", len(prompt), exported.tokens[0].token)
+    rest = [t.token async for output in loaded for t in output.tokens]
+    engine.release("export")
+    assert [exported.tokens[0].token, *rest] == whole
+
+
+async def test_a_reservation_waits_for_blocks(engine: AsyncEngine) -> None:
+    first = await engine.reserve(request("a", [1] * 500, SamplingParams(max_tokens=1)))
+    more = request("b", [2] * 500, SamplingParams(max_tokens=1))
+    waiting = [asyncio.ensure_future(engine.reserve(more))]
+    await asyncio.sleep(0.05)
+    engine.abandon(first.request_id, 0)
+    reservation = await asyncio.wait_for(waiting[0], 5)
+    engine.abandon(reservation.request_id, 0)
+
+
+async def test_what_arrived_of_an_abandoned_reservation_is_cached(engine: AsyncEngine) -> None:
+    reservation = await engine.reserve(request("a", list(range(100))))
+    engine.abandon(reservation.request_id, 64)
+    again = await engine.reserve(request("b", list(range(100))))
+    assert again.cached_tokens == 64
+    engine.abandon("b", 64)
+
+
+async def test_too_many_waiting_requests_are_refused(engine: AsyncEngine) -> None:
+    blocker = await engine.reserve(request("big", [1] * 500, SamplingParams(max_tokens=1)))
+    engine.engine.scheduler.max_num_seqs = 1
+    waiting = [asyncio.ensure_future(answer(engine, request(str(i), [i]))) for i in range(4)]
+    await until(lambda: len(engine.engine.scheduler.waiting) == 4)
+    with pytest.raises(Overloaded):
+        await answer(engine, request("more", [1]))
+    engine.abandon(blocker.request_id, 0)
+    await asyncio.gather(*waiting)
+
+
+async def test_a_request_id_in_use_is_refused_and_its_owner_goes_on(engine: AsyncEngine) -> None:
+    long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    first = asyncio.ensure_future(answer(engine, request("a", [1], long)))
+    await until(lambda: bool(engine.engine.scheduler.running))
+    with pytest.raises(InvalidRequest):
+        await answer(engine, request("a", [2]))
+    assert len(await first) == 60
+
+
+async def test_a_step_that_fails_ends_its_requests_and_not_the_engine(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine.runner, "run", lambda scheduled: 1 / 0)
+        with pytest.raises(EngineError):
+            await answer(engine, request("a", [1, 2]))
+    assert len(await answer(engine, request("b", [1, 2]))) == 8
+
+
+async def test_block_events_match_what_is_known(engine: AsyncEngine) -> None:
+    await answer(engine, request("a", list(range(64))))
+    filled, evicted = engine.take_block_events()
+    assert set(filled) == set(engine.known_hashes()) and not evicted
+
+
+async def test_an_idle_engine_makes_no_steps(engine: AsyncEngine) -> None:
+    await answer(engine, request("a", [1]))
+    before = engine.stats.steps
+    await asyncio.sleep(0.1)
+    assert engine.stats.steps == before

@@ -1,0 +1,200 @@
+"""Every backend against float64: what the engine may rely on, whichever backend it got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import Kernels, ReferenceKernels
+from kernels.cpu.backend import CpuKernels
+from kernels.cpu.build import BuildError, runnable_isas
+from tests.kernels.cases import LAYER, PagedCase, exact_attention, exact_rms_norm, exact_rope, paged_case
+
+Make = Callable[[], Kernels]
+# A further backend joins all tests below with a line here.
+BACKENDS: dict[str, Make] = {
+    "reference": ReferenceKernels,
+    **{f"cpu-{isa}": lambda isa=isa: CpuKernels(isa=isa, threads=1) for isa in runnable_isas()},
+    "cpu-threads": lambda: CpuKernels(threads=3),
+}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=list(BACKENDS))
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    try:
+        return BACKENDS[request.param]()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=DTYPES, ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def assert_near(got: Tensor, exact: Tensor, terms: int = 1) -> None:
+    """Within a few roundings of the dtype; ``terms`` is how many products of unit size were summed."""
+    assert got.shape == exact.shape
+    bound = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}[got.dtype]
+    torch.testing.assert_close(got.double(), exact, rtol=bound, atol=bound * terms**0.5)
+
+
+def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+    bits = {2: torch.int16, 4: torch.int32}[got.element_size()]
+    assert torch.equal(got.view(bits), expected.view(bits))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 12, 13, 16, 17, 33, 70, 300])
+def test_linear_multiplies_any_number_of_rows(kernels: Kernels, dtype: torch.dtype, rows: int) -> None:
+    n, k = 96, 160
+    weight, bias, x = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype), torch.randn(rows, k).to(dtype)
+    got = kernels.pack_linear(weight, bias)(x)
+    assert got.dtype is dtype
+    assert got.is_contiguous()
+    assert_near(got, x.double() @ weight.double().T + bias.double(), terms=k)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 2), (31, 34), (100, 70), (33, 576), (576, 1536), (8, 33)])
+def test_linear_takes_any_shape(kernels: Kernels, dtype: torch.dtype, n: int, k: int) -> None:
+    weight = torch.randn(n, k).to(dtype)
+    linear = kernels.pack_linear(weight, None)
+    for rows in (1, 7, 40):
+        x = torch.randn(rows, k).to(dtype)
+        assert_near(linear(x), x.double() @ weight.double().T, terms=k)
+
+
+def test_linear_reads_strided_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    weight, wide = torch.randn(64, 96).to(dtype), torch.full((9, 200), torch.nan, dtype=dtype)
+    x = wide[:, 50:146]
+    x.copy_(torch.randn(9, 96))
+    assert_near(kernels.pack_linear(weight, None)(x), x.double() @ weight.double().T, terms=96)
+    odd = torch.randn(9, 97).to(dtype)[:, 1:]
+    assert_near(kernels.pack_linear(weight, None)(odd), odd.double() @ weight.double().T, terms=96)
+
+
+def test_linear_of_no_rows_is_empty(kernels: Kernels, dtype: torch.dtype) -> None:
+    assert kernels.pack_linear(torch.randn(64, 32).to(dtype), None)(torch.empty(0, 32, dtype=dtype)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("width", [8, 64, 80, 576, 1001])
+def test_rms_norm_of_rows(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    x, weight = 3 * torch.randn(5, width).to(dtype), torch.randn(width).to(dtype)
+    assert_near(kernels.rms_norm(x, weight, 1e-5), exact_rms_norm(x, weight, 1e-5))
+
+
+def test_rms_norm_of_strided_heads(kernels: Kernels, dtype: torch.dtype) -> None:
+    qkv, weight = torch.randn(7, 9 * 64).to(dtype), torch.randn(64).to(dtype)
+    for x in (qkv[:, 64:256].unflatten(1, (3, 64)), qkv[:, 64:128], qkv.unflatten(1, (9, 64))[:, ::2]):
+        assert_near(kernels.rms_norm(x, weight, 1e-6), exact_rms_norm(x, weight, 1e-6))
+
+
+def test_rms_norm_of_large_values_does_not_overflow(kernels: Kernels, dtype: torch.dtype) -> None:
+    x, weight = 1e15 * torch.randn(3, 64).to(dtype), torch.ones(64, dtype=dtype)
+    assert_near(kernels.rms_norm(x, weight, 1e-5), exact_rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 130])
+def test_add_rms_norm_adds_in_place_and_norms_the_sum(kernels: Kernels, dtype: torch.dtype, rows: int) -> None:
+    x, residual, weight = (torch.randn(*shape).to(dtype) for shape in ((rows, 576), (rows, 576), (576,)))
+    total = (x.double() + residual.double()).to(dtype)
+    got = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    assert_same_bits(residual, total)
+    assert_near(got, exact_rms_norm(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 77), (5, 1536), (200, 512)])
+def test_silu_mul(kernels: Kernels, dtype: torch.dtype, rows: int, width: int) -> None:
+    gate_up = (4 * torch.randn(rows, 2 * width)).to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    assert_near(kernels.silu_mul(gate_up), gate * gate.sigmoid() * up, terms=16)
+
+
+def test_silu_mul_of_extreme_gates_is_finite(kernels: Kernels, dtype: torch.dtype) -> None:
+    gate_up = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4] * 8, [1.0] * 40], dtype=dtype).reshape(1, 80)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    assert_near(kernels.silu_mul(gate_up), gate * gate.sigmoid() * up)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("block_tokens", [16, 32])
+def test_rope_kv_write_rotates_and_writes_the_slots_alone(
+    kernels: Kernels, dtype: torch.dtype, head_dim: int, block_tokens: int
+) -> None:
+    case = paged_case([(1, 40), (1, 1), (19, 70), (2, 2)], head_dim=head_dim, block_tokens=block_tokens, dtype=dtype)
+    angles = torch.rand(128, head_dim // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    q, k = (exact_rope(x, cos_sin, case.batch.positions) for x in (case.q, case.k))
+    expected = case.kv.clone()
+    kernels.rope_kv_write(case.q, case.k, case.v, cos_sin, case.kv, LAYER, case.batch)
+    assert_near(case.q, q)
+    assert_near(case.k, k)
+    blocks, offsets = case.batch.slots // block_tokens, case.batch.slots % block_tokens
+    expected[blocks, :, LAYER, 0, offsets] = case.k
+    expected[blocks, :, LAYER, 1, offsets] = case.v
+    assert_same_bits(case.kv, expected)
+
+
+def check_attention(kernels: Kernels, case: PagedCase) -> None:
+    before = case.kv.clone()
+    got = kernels.paged_attention(case.q, case.kv, LAYER, case.batch, case.scale)
+    assert got.is_contiguous()
+    assert_near(got, exact_attention(case), terms=4)
+    assert_same_bits(case.kv, before)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_attention_of_a_mixed_batch(kernels: Kernels, dtype: torch.dtype, head_dim: int, group: int) -> None:
+    sequences = [(1, 1), (1, 17), (1, 200), (2, 2), (5, 90), (40, 40)]
+    check_attention(kernels, paged_case(sequences, group=group, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("block_tokens", [16, 32])
+@pytest.mark.parametrize("context", [1, 15, 16, 31, 33, 64, 65, 511, 513, 2000])
+def test_attention_of_one_decode(kernels: Kernels, dtype: torch.dtype, context: int, block_tokens: int) -> None:
+    check_attention(kernels, paged_case([(1, context)], block_tokens=block_tokens, dtype=dtype))
+
+
+@pytest.mark.parametrize("block_tokens", [16, 32])
+@pytest.mark.parametrize(("rows", "context"), [(2, 2), (16, 16), (43, 43), (130, 130), (33, 600), (7, 1200)])
+def test_attention_of_one_chunk(
+    kernels: Kernels, dtype: torch.dtype, rows: int, context: int, block_tokens: int
+) -> None:
+    check_attention(kernels, paged_case([(rows, context)], block_tokens=block_tokens, dtype=dtype))
+
+
+def test_attention_of_many_sequences(kernels: Kernels, dtype: torch.dtype) -> None:
+    sequences = [(1, 1 + 37 * i % 300) for i in range(60)] + [(3 + i, 20 + i) for i in range(4)]
+    check_attention(kernels, paged_case(sequences, kv_heads=1, dtype=dtype))
+
+
+def test_attention_with_scores_far_apart_does_not_overflow(kernels: Kernels, dtype: torch.dtype) -> None:
+    case = paged_case([(1, 100), (30, 100)], dtype=dtype)
+    case.q.mul_(60)
+    got = kernels.paged_attention(case.q, case.kv, LAYER, case.batch, case.scale)
+    torch.testing.assert_close(got.double(), exact_attention(case), rtol=2e-2, atol=3e-2)
+
+
+sequences_strategy = st.lists(
+    st.tuples(st.sampled_from([1, 1, 1, 2, 9, 50]), st.integers(0, 150)), min_size=1, max_size=10
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    drawn=sequences_strategy,
+    group=st.sampled_from([1, 2, 3, 5, 16]),
+    head_dim=st.sampled_from([32, 64, 96, 112]),
+    seed=st.integers(0, 1000),
+)
+def test_attention_of_any_batch(
+    kernels: Kernels, dtype: torch.dtype, drawn: list[tuple[int, int]], group: int, head_dim: int, seed: int
+) -> None:
+    sequences = sorted((rows, rows + cached) for rows, cached in drawn)
+    check_attention(kernels, paged_case(sequences, group=group, head_dim=head_dim, dtype=dtype, seed=seed))
