@@ -71,7 +71,7 @@ def random_prompts(tokens: Tokens, count: int, lengths: Lengths, prefix: int = 0
 
 
 def shared_prefix(tokens: Tokens, count: int, lengths: Lengths, prefix: int, groups: int) -> list[Conversation]:
-    """Prompts in ``groups`` of equal size, in random order; those of one group begin with the same ``prefix`` ids."""
+    """Prompts in ``groups`` of equal size, in random order; those of one begin with the same ``prefix`` ids."""
     prefixes = [tokens.draw(prefix) for _ in range(groups)]
     order = tokens.rng.permutation(np.arange(count) % groups)
     return [Conversation((lengths.turn(tokens, prefixes[group]),), f"group {group}") for group in order]
@@ -94,20 +94,21 @@ def multi_turn(
     return chats
 
 
-def mixed(
-    tokens: Tokens, count: int, short: Lengths, long: Lengths, long_share: float
-) -> list[Conversation]:
+def mixed(tokens: Tokens, count: int, short: Lengths, long: Lengths, long_share: float) -> list[Conversation]:
     """Short chats into which long prompts fall, ``long_share`` of all at random places."""
     is_long = np.zeros(count, dtype=bool)
     is_long[tokens.rng.permutation(count)[: round(count * long_share)]] = True
     return [
-        Conversation(((long if chosen else short).turn(tokens),), "long" if chosen else "short") for chosen in is_long
+        Conversation(((long if chosen else short).turn(tokens),), "long" if chosen else "short")
+        for chosen in is_long
     ]
 
 
 def from_trace(entries: Sequence[TraceEntry], seed: int, vocab_size: int) -> list[Conversation]:
     """Prompts of the trace's lengths that share what the trace's prompts shared."""
-    return [Conversation((Turn(_trace_prompt(entry, seed, vocab_size), entry.output_tokens),)) for entry in entries]
+    return [
+        Conversation((Turn(_trace_prompt(entry, seed, vocab_size), entry.output_tokens),)) for entry in entries
+    ]
 
 
 def _trace_prompt(entry: TraceEntry, seed: int, vocab_size: int) -> list[int]:

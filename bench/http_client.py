@@ -48,7 +48,13 @@ class Server:
 
 
 async def post_stream(
-    server: Server, path: str, body: bytes, on_data: OnData, timeout: float, headers: str = "", clock: Clock | None = None
+    server: Server,
+    path: str,
+    body: bytes,
+    on_data: OnData,
+    timeout: float,
+    headers: str = "",
+    clock: Clock | None = None,
 ) -> None:
     """Posts JSON and calls ``on_data`` for each line of data until the answer is complete.
 

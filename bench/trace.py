@@ -2,7 +2,7 @@
 
 ``timestamp`` (ms from the start), ``input_length`` and ``output_length`` (tokens), ``hash_ids`` (one for each
 ``BLOCK_TOKENS`` tokens of the prompt; an id names a block together with all that comes before it).
-Invariant: scaling lengths keeps what is shared; requests that had k blocks in common still have k, of another size.
+Invariant: scaling keeps what is shared; requests that had k blocks in common still have k, of another size.
 """
 
 from __future__ import annotations

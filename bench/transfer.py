@@ -1,4 +1,4 @@
-"""How fast KV blocks move between two processes of this machine, beside a plain copy: ``python -m bench.transfer``.
+"""How fast KV blocks move between two processes, beside a plain copy: ``python -m bench.transfer``.
 
 One process publishes, this one pulls: handshake, checksums and all. Medians of several rounds.
 """

@@ -14,15 +14,16 @@ from splitserve.worker import WorkerContext, run_worker
 def make_role(context: WorkerContext, engine: AsyncEngine) -> DecodeRole:
     config, description, runner = context.config, context.description, engine.engine.runner
     assert config.worker_id is not None
+    transports = make_transports(config.transports) if config.transports else default_transports()
     pulls = PullClient(
         BlockMemory(runner.memory(), runner.layout, runner.num_blocks),
         runner.fingerprint,
         config.worker_id,
         epoch=0,  # until the directory gives one
-        transports=make_transports(config.transports) if config.transports else default_transports(),
+        transports=transports,
         observer=TransferMetrics(context.registry, description.model, config.role),
     )
-    return DecodeRole(engine, pulls, runner.layout, description.fingerprint, context.metrics)
+    return DecodeRole(engine, pulls, transports, runner.layout, description.fingerprint, context.metrics)
 
 
 if __name__ == "__main__":

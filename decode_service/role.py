@@ -8,14 +8,14 @@ can arrive in them any more.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
 
 from engine import AsyncEngine, EngineOutput, EngineRequest
-from kvtransfer import KvHandle, PullClient
+from kvtransfer import KvHandle, PullClient, Transport
 from splitserve.cluster import Role
 from splitserve.errors import Incompatible, TransferFailed
 from splitserve.layout import KVLayout
@@ -36,10 +36,17 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
     service = "splitserve.v1.Decode"
 
     def __init__(
-        self, engine: AsyncEngine, pulls: PullClient, layout: KVLayout, fingerprint: str, metrics: EngineMetrics
+        self,
+        engine: AsyncEngine,
+        pulls: PullClient,
+        transports: Sequence[Transport],
+        layout: KVLayout,
+        fingerprint: str,
+        metrics: EngineMetrics,
     ) -> None:
         self._engine = engine
         self._pulls = pulls
+        self._transports = transports
         self._layout = layout
         self._fingerprint = fingerprint
         self._metrics = metrics
@@ -57,6 +64,8 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
 
     async def close(self) -> None:
         await self._pulls.close()
+        for transport in self._transports:
+            await transport.close()
 
     async def Decode(
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -51,14 +51,20 @@ class AsyncEngine:
     def num_blocks(self) -> int:
         return self.engine.pool.num_blocks
 
+    @property
+    def block_bytes(self) -> int:
+        return self.engine.runner.layout.block_bytes
+
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def close(self) -> None:
-        """Ends the thread after its current step; waiting callers get an EngineError."""
+        """Ends the thread after its current step; waiting callers get an EngineError. Then asserts that the
+        engine's books are in order."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
+        self.engine.check_integrity()
         for outputs in self._outputs.values():
             outputs.put_nowait(EngineError("the engine was closed"))
 

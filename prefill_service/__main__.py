@@ -14,17 +14,18 @@ from splitserve.worker import WorkerContext, run_worker
 def make_role(context: WorkerContext, engine: AsyncEngine) -> PrefillRole:
     config, description, runner = context.config, context.description, engine.engine.runner
     assert config.worker_id is not None
+    transports = make_transports(config.transports) if config.transports else default_transports()
     blocks = BlockServer(
         BlockMemory(runner.memory(), runner.layout, runner.num_blocks),
         runner.fingerprint,
         config.worker_id,
         epoch=0,  # until the directory gives one
-        transports=make_transports(config.transports) if config.transports else default_transports(),
+        transports=transports,
         host=config.advertise_host or config.host,
         lease_seconds=config.transfer_lease_seconds,
         observer=TransferMetrics(context.registry, description.model, config.role),
     )
-    return PrefillRole(engine, blocks, runner.layout, description.fingerprint, context.metrics)
+    return PrefillRole(engine, blocks, transports, runner.layout, description.fingerprint, context.metrics)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
 
 from engine import AsyncEngine, EngineOutput, EngineRequest
-from kvtransfer import BlockServer, KvHandle, Publication
+from kvtransfer import BlockServer, KvHandle, Publication, Transport
 from splitserve.cluster import Role
 from splitserve.layout import KVLayout
 from splitserve.logs import ContextLogger, request_logger
@@ -35,10 +35,17 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
     service = "splitserve.v1.Prefill"
 
     def __init__(
-        self, engine: AsyncEngine, blocks: BlockServer, layout: KVLayout, fingerprint: str, metrics: EngineMetrics
+        self,
+        engine: AsyncEngine,
+        blocks: BlockServer,
+        transports: Sequence[Transport],
+        layout: KVLayout,
+        fingerprint: str,
+        metrics: EngineMetrics,
     ) -> None:
         self._engine = engine
         self._blocks = blocks
+        self._transports = transports
         self._layout = layout
         self._fingerprint = fingerprint
         self._metrics = metrics
@@ -60,6 +67,8 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
         await self._blocks.close()  # releases every publication
         if self._releases:
             await asyncio.wait(self._releases)
+        for transport in self._transports:
+            await transport.close()
 
     async def Prefill(
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -82,7 +82,8 @@ class Child:
         """Waits until the process serves; its addresses. Raises ConfigError if it ends or takes too long."""
         assert self._pipe is not None
         try:
-            line = await asyncio.wait_for(self._pipe.readline(), timeout)
+            async with asyncio.timeout(timeout):
+                line = await self._pipe.readline()
         except TimeoutError:
             raise ConfigError(f"{self.name} was not ready within {timeout:.0f} s") from None
         if not line:
@@ -107,7 +108,8 @@ class Child:
             return 0
         self.signal(signal.SIGTERM)
         try:
-            return await asyncio.wait_for(self.wait(), self.config.drain_timeout + _KILL_AFTER)
+            async with asyncio.timeout(self.config.drain_timeout + _KILL_AFTER):
+                return await self.wait()
         except TimeoutError:
             self.signal(signal.SIGKILL)
             return await self.wait()

@@ -18,9 +18,12 @@ from typing import Self
 
 from splitserve.children import Child
 from splitserve.config import RouterConfig, WorkerConfig
+from splitserve.grpc_server import open_channel
 from splitserve.redis_server import PrivateRedis
+from splitserve.v1 import inference_pb2, inference_pb2_grpc
 
 START_SECONDS = 600.0  # a large model takes long to read
+SEEN_SECONDS = 10.0
 
 Report = Callable[[str, str], None]  # (process, what happened)
 
@@ -68,6 +71,7 @@ class LocalCluster:
             await self._start("router", self._spec.router)
             names = list(self.children)
             await asyncio.gather(*(self._ready(self.children[name]) for name in names))
+            await self._seen(len(self.children) - 1)
         except BaseException:
             await self.close()
             raise
@@ -82,6 +86,7 @@ class LocalCluster:
         """One more worker, ready on return."""
         await self._start(name, config)
         await self._ready(self.children[name])
+        await self._seen(len(self.children) - 1)
         return self.children[name]
 
     async def close(self) -> dict[str, int]:
@@ -120,6 +125,16 @@ class LocalCluster:
     async def _ready(self, child: Child) -> None:
         addresses = await child.ready(START_SECONDS)
         self._report(child.name, "ready at " + ", ".join(f"{k} {v}" for k, v in addresses.items()))
+
+    async def _seen(self, num_workers: int) -> None:
+        """Waits until the router knows so many workers."""
+        async with asyncio.timeout(SEEN_SECONDS), open_channel(self.grpc_address) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            while True:
+                reply = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=SEEN_SECONDS)
+                if sum(m.prefill_workers + m.decode_workers for m in reply.models) >= num_workers:
+                    return
+                await asyncio.sleep(0.05)
 
     async def _stop(self, child: Child) -> int:
         code = await child.stop()

@@ -131,14 +131,15 @@ class PrivateRedis:
             "--daemonize", "no", "--logfile", str(self.log_path), "--maxmemory-policy", "noeviction",
         ]
         # fmt: on
-        self._process = await asyncio.create_subprocess_exec(
-            *[sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(binary), *options],
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            # Ctrl-C in a terminal must not end Redis before the workers have left.
-            start_new_session=True,
-        )
+        with self.log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *[sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(binary), *options],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,  # what it says before it has opened its own
+                stderr=log,
+                # Ctrl-C in a terminal must not end Redis before the workers have left.
+                start_new_session=True,
+            )
         try:
             async with asyncio.timeout(START_SECONDS):
                 await self._answers()

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -56,6 +57,8 @@ class WorkerEngine(Protocol):
     def stats(self) -> Stats: ...
     @property
     def num_blocks(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
     async def start(self) -> None: ...
     async def close(self) -> None: ...
     def load(self) -> WorkerLoad: ...
@@ -147,6 +150,7 @@ async def run_worker(
                     fingerprint=description.fingerprint,
                     grpc_address=join(reachable, server.port),
                     block_tokens=description.block_tokens,
+                    block_bytes=engine.block_bytes,
                     num_blocks=engine.num_blocks,
                     max_num_seqs=config.max_num_seqs,
                     max_model_len=description.max_model_len,
@@ -169,7 +173,7 @@ async def run_worker(
                     await server.stop()
         finally:
             await role.close()
-            await engine.close()
+            await engine.close()  # checks its books: a leaked block shows as a failed process
     log.info("stopped")
 
 
@@ -187,10 +191,9 @@ async def _export_until(stopping: asyncio.Event, engine: WorkerEngine, metrics: 
         metrics.add_prefix_lookup(stats.prompt_tokens - prompt, stats.cached_tokens - cached)
         metrics.add_preemptions(stats.preemptions - preemptions)
         prompt, cached, preemptions = stats.prompt_tokens, stats.cached_tokens, stats.preemptions
-        try:
-            await asyncio.wait_for(stopping.wait(), _GAUGE_SECONDS)
-        except TimeoutError:
-            continue
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GAUGE_SECONDS):
+                await stopping.wait()
 
 
 def not_joined(role: Role) -> Unavailable:

@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int kWide = 2 * W;          // lanes of a block, computed together
-constexpr int kLanes = 128;           // query rows x heads of a work item, in blocks
+constexpr int kLanes = 256;           // query rows x heads of a work item, in blocks
 constexpr int kStep = 64;             // tokens between two updates of the running maximum
 static_assert(kLanes % kWide == 0);
 

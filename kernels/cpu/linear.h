@@ -22,9 +22,10 @@ struct PackedLinear {  // mirrored by kernels/cpu/library.py
 // Panels that one work item computes: what stays in the second-level cache when many blocks of rows pass over
 // them, and few enough to balance the threads.
 static inline long panels_per_item(long panels, long panel_bytes, long rows, int threads) {
-  long group = threads == 1 ? panels : panels / (threads * 4);
-  if (rows > 32 && group * panel_bytes > 768 << 10) group = (768 << 10) / panel_bytes;
-  return group < 1 ? 1 : group;
+  constexpr long kMost = 1100 << 10;
+  long items = threads == 1 ? 1 : threads * 4;
+  if (rows > 32 && panels * panel_bytes > items * kMost) items = (panels * panel_bytes + kMost - 1) / kMost;
+  return items < panels ? (panels + items - 1) / items : 1;
 }
 
 // out[rows][n], columns of one panel, from c[rows][kPanel].

@@ -44,11 +44,7 @@ void linear_wide(Pool* pool, const PackedLinear& layer, const T* x, long x_row, 
 
 #if defined(__AVX512VNNI__)
 
-#if defined(SS_AMX)
-constexpr long kDigitRows = 4;  // up to so many rows digits beat widened panels
-#else
-constexpr long kDigitRows = 32;
-#endif
+constexpr long kDigitRows = 32;  // up to so many rows digits beat widened panels
 constexpr long kMostK = 60000;  // 255 * 127 * k fits an int32
 
 struct Int8 {

@@ -52,7 +52,8 @@ def chat_routes(service: GenerationService) -> APIRouter:
             deadline=deadline,
         )
         if body.stream:
-            return EventStream(_events(exchange, bool(body.logprobs), include_usage), deadline)
+            events = _events(exchange, bool(body.logprobs), include_usage, body.continuous_usage)
+            return EventStream(events, deadline)
         return await until_disconnect(request.receive, _whole(exchange, bool(body.logprobs)))
 
     return router
@@ -89,7 +90,9 @@ def _sampling_fields(body: ChatRequest) -> dict[str, Any]:
     return fields
 
 
-async def _events(exchange: Exchange, logprobs: bool, include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _events(
+    exchange: Exchange, logprobs: bool, include_usage: bool, continuous_usage: bool
+) -> AsyncGenerator[bytes, None]:
     head = _head(exchange, "chat.completion.chunk")
     if include_usage:
         head["usage"] = None
@@ -98,6 +101,8 @@ async def _events(exchange: Exchange, logprobs: bool, include_usage: bool) -> As
     async with exchange.open() as answers:
         while pieces := await answers.next():
             parts = []
+            if continuous_usage:
+                head["usage"] = exchange.usage()
             for piece in pieces:
                 if piece.index not in greeted:
                     greeted.add(piece.index)

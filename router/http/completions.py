@@ -52,7 +52,7 @@ def completion_routes(service: GenerationService) -> APIRouter:
         )
         writers = [_Writer(exchange, body, index) for index in range(len(exchange.answers))]
         if body.stream:
-            return EventStream(_events(exchange, writers, include_usage), deadline)
+            return EventStream(_events(exchange, writers, include_usage, body.continuous_usage), deadline)
         return await until_disconnect(request.receive, _whole(exchange, writers))
 
     return router
@@ -152,7 +152,7 @@ class _Writer:
 
 
 async def _events(
-    exchange: Exchange, writers: Sequence[_Writer], include_usage: bool
+    exchange: Exchange, writers: Sequence[_Writer], include_usage: bool, continuous_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     head = _head(exchange)
     if include_usage:
@@ -160,6 +160,8 @@ async def _events(
     async with exchange.open() as answers:
         while pieces := await answers.next():
             parts = []
+            if continuous_usage:
+                head["usage"] = exchange.usage()
             for piece in pieces:
                 writer = writers[piece.index]
                 parts.append(event({**head, "choices": [writer.choice(*writer.write(piece))]}))

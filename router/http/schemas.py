@@ -43,6 +43,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: usage so far in every event
 
 
 class GenerationBody(_Body):
@@ -82,6 +83,11 @@ class GenerationBody(_Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every event says how far the answer has come."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def sampling_fields(self) -> dict[str, Any]:
         """What the client set, by the names of ``SamplingParams``. Raises ``InvalidRequest``."""

@@ -39,20 +39,32 @@ async def answer(connection: Connection) -> Frame:
 async def test_a_transfer_that_nobody_pulls_expires(make_pair: MakePair) -> None:
     async with make_pair(lease_seconds=0.2) as pair:
         publication = pair.server.publish(2)
-        publication.ready([0])
+        publication.ready([0, 1])
+        publication.finish(1, False)
         start = time.monotonic()
         assert await publication.released() is ReleaseReason.EXPIRED
-        assert time.monotonic() - start >= 0.19 and pair.observer.expired == 1
-        publication.ready([1])  # the engine need not know
-        publication.finish(1, False)
+        assert time.monotonic() - start >= 0.15 and pair.observer.expired == 1
         with pytest.raises(TransferFailed) as caught:
             await pair.client.pull(publication.handle, [0, 1])
         assert caught.value.reason == Reason.EXPIRED
 
 
+async def test_a_lease_does_not_run_out_while_blocks_are_computed(make_pair: MakePair) -> None:
+    async with make_pair(lease_seconds=0.1) as pair:
+        publication = pair.server.publish(2)
+        publication.ready([0])
+        await asyncio.sleep(0.4)
+        assert publication.release_reason is None
+        publication.ready([1])
+        publication.finish(1, False)
+        assert await publication.released() is ReleaseReason.EXPIRED
+
+
 async def test_a_touched_lease_goes_on(make_pair: MakePair) -> None:
-    async with make_pair(lease_seconds=0.2) as pair:
+    async with make_pair(lease_seconds=0.3) as pair:
         publication = pair.server.publish(1)
+        publication.ready([0])
+        publication.finish(1, False)
         for _ in range(5):
             await asyncio.sleep(0.1)
             publication.touch()
@@ -64,6 +76,7 @@ async def test_a_puller_that_falls_silent_loses_the_lease_and_the_connection(mak
     async with make_pair(lease_seconds=0.3) as pair:
         publication = pair.server.publish(4)
         publication.ready(range(4))
+        publication.finish(1, False)
         connection = await connect(pair)
         into = bytearray(4 * LAYOUT.block_bytes)
         received = [

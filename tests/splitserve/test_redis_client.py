@@ -65,9 +65,9 @@ async def test_a_wrong_password_is_one_line(own_redis: PrivateRedis) -> None:
     client = RedisClient(own_redis.url, 5.0)
     await client.execute("CONFIG", "SET", "requirepass", "right")
     await client.close()
-    wrong = RedisClient(own_redis.url.replace("unix://", "unix://:wrong@"), 5.0)
+    wrong = RedisClient(own_redis.url.replace("unix://", "unix://:hunter2@"), 5.0)
     with pytest.raises(ConfigError) as caught:
         await wrong.connect()
     await wrong.close()
-    assert "wrong" not in caught.value.message.replace("WRONGPASS", "")
+    assert "hunter2" not in caught.value.message
     assert "\n" not in caught.value.message

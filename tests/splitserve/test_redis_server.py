@@ -78,6 +78,14 @@ async def test_a_binary_that_fails_is_one_clear_line(tmp_path: Path) -> None:
         await PrivateRedis(tmp_path, binary=Path("/bin/false")).start()
 
 
+async def test_what_a_failing_binary_says_is_passed_on(tmp_path: Path) -> None:
+    binary = tmp_path / "redis-server"
+    binary.write_text("#!/bin/sh\necho cannot do this >&2\nexit 3\n")
+    binary.chmod(0o755)
+    with pytest.raises(ConfigError, match="ended with status 3: cannot do this"):
+        await PrivateRedis(tmp_path, binary=binary).start()
+
+
 async def test_the_wait_ends_when_redis_does(own_redis: PrivateRedis) -> None:
     os.kill(own_redis.pid, signal.SIGKILL)
     async with asyncio.timeout(5):
