@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -67,7 +68,7 @@ def library_rate(dtype: torch.dtype, rows: int, budget: Budget) -> float:
     rates = []
     for n, k in SHAPES.values():
         x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
-        taken = seconds(lambda x=x, weight=weight: F.linear(x, weight), budget.rounds * 3)
+        taken = seconds(partial(F.linear, x, weight), budget.rounds * 3)
         rates.append(2 * rows * n * k / taken / 1e9)
     return max(rates)
 
@@ -98,7 +99,7 @@ def bench_linear_many_rows(kernels: CpuKernels, dtype: torch.dtype, budget: Budg
         limit = library_rate(dtype, rows, budget)
         for name, (n, k) in SHAPES.items():
             linear, x = kernels.pack_linear(torch.randn(n, k).to(dtype), None), torch.randn(rows, k).to(dtype)
-            taken = seconds(lambda linear=linear, x=x: linear(x), budget.rounds * 3)
+            taken = seconds(partial(linear, x), budget.rounds * 3)
             line(f"{name} {n} x {k}, {rows} rows", taken, 2 * rows * n * k / taken / 1e9, "GFLOP/s", limit)
 
 
@@ -174,7 +175,7 @@ def bench_rows(kernels: CpuKernels, dtype: torch.dtype, budget: Budget) -> None:
         batch = attention_batch(sequences, rows // sequences, 1024)
         kv = scattered_pool(batch.block_tables.numel(), dtype)
         qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM).to(dtype)
-        q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        q, k, v = torch.split(qkv, [HEADS, KV_HEADS, KV_HEADS], dim=1)
         size = x.element_size() * rows
         for name, moved, run in (
             ("rms_norm", 2 * HIDDEN, lambda x=x: kernels.rms_norm(x, weight, 1e-5)),

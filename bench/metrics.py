@@ -10,6 +10,7 @@ Times are in milliseconds here. What counts:
 - ICL is the time between arrivals, however many tokens they carry, so that a server can't hide a pause by
   sending much at once after it. ``vllm bench serve`` calls this one ITL.
 - Failed requests have no times. They count in ``failed``, and as misses in ``slo_attainment`` and goodput.
+- A figure of no requests is null, not 0.
 
 Invariant: ``completed + failed`` is the number of records.
 """
@@ -134,8 +135,11 @@ def summarize(
     return summary
 
 
-def _statistics(metric: str, values: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
-    data = np.asarray(values or [0.0])
+def _statistics(metric: str, values: Sequence[float], percentiles: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        names = ["mean", "median", "std", "max", *(f"p{percentile:g}" for percentile in percentiles)]
+        return {f"{name}_{metric}_ms": None for name in names}
+    data = np.asarray(values)
     return {
         f"mean_{metric}_ms": float(data.mean()),
         f"median_{metric}_ms": float(np.median(data)),

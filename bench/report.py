@@ -53,8 +53,8 @@ def table(summary: Mapping[str, Any], metrics: Sequence[str], percentiles: Seque
     return "\n".join(lines + list(_notes(summary)))
 
 
-def _row(title: str, value: float) -> str:
-    number = f"{value:d}" if isinstance(value, int) else f"{value:.2f}"
+def _row(title: str, value: float | None) -> str:
+    number = "none" if value is None else f"{value:d}" if isinstance(value, int) else f"{value:.2f}"
     return f"{title + ':':<42}{number:>{_WIDTH - 42}}"
 
 

@@ -1,8 +1,8 @@
 """What the router's front costs: ``python -m bench.router``.
 
-The real HTTP front with a backend that echoes runs on one core, the client on another; beside it, measured in turns
-in the same run, the least that a server in Python can do (``bench.bare``). A client and a loopback connection are
-in both, so the difference is the front's own. On a machine with one core they share it, and figures are lower.
+The real HTTP front with a backend that echoes runs on one core, the client on another; beside it, measured in
+turns in the same run, the least that a server in Python can do (``bench.bare``). Client and connection are in
+both, so the difference is the front's own. On a machine with one core they share it: figures are lower.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.http_client import Server
 from bench.load import Client, LoadResult, run_load
 from bench.openai_api import Api
 from bench.report import save
-from bench.servers import RunningServer, ServerCommand
+from bench.servers import RunningServer, ServerCommand, end_in_order
 from splitserve.errors import ConfigError
 
 VOCAB = 32_000
@@ -101,7 +101,7 @@ def tokens_per_second(server: RunningServer, model: str, streams: int, tokens: i
 def _start(module: str, core: int, *flags: str) -> ServerCommand:
     port = free_port()
     command = f"{sys.executable} -m {module} --port {port} --cores {core} {' '.join(flags)}"
-    return ServerCommand(module, command, f"http://127.0.0.1:{port}", cores=(core,))
+    return ServerCommand(module, command, f"http://127.0.0.1:{port}", cores=(core,), start_seconds=60.0)
 
 
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> int:
@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
 
 
 if __name__ == "__main__":
+    end_in_order()
     try:
         sys.exit(main())
     except ConfigError as problem:

@@ -6,10 +6,12 @@ is gone, however it was left.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -94,17 +96,17 @@ class RunningServer:
             return
         process, self._process = self._process, None
         _signal_group(process.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # what is left then is killed
             process.wait(_TERM_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass  # it is killed below
         _signal_group(process.pid, signal.SIGKILL)
         process.wait()
         self._log.close()
 
     def weigh(self) -> Weight:
-        """CPU and memory of all its processes by now."""
+        """CPU and memory of all its processes by now. Raises ConfigError if it has ended."""
         assert self._process is not None, "not running"
+        if (code := self._process.poll()) is not None:
+            raise ConfigError(f"{self.spec.name} ended with exit code {code}:\n{self.log_tail()}")
         root = psutil.Process(self._process.pid)
         cpu, resident = 0.0, {}
         for process in [root, *root.children(recursive=True)]:
@@ -134,6 +136,11 @@ class RunningServer:
         raise ConfigError(
             f"{self.spec.name} was not ready within {self.spec.start_seconds:g} s:\n{self.log_tail()}"
         )
+
+
+def end_in_order() -> None:
+    """Makes SIGTERM end this process like Ctrl-C does, so that servers are ended with it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

@@ -7,6 +7,7 @@ Invariant: scaling keeps what is shared; requests that had k blocks in common st
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -65,6 +66,25 @@ def _entries(path: Path, lines: Iterable[bytes]) -> Iterator[TraceEntry]:
         if entry.input_tokens < 1 or entry.output_tokens < 1 or entry.time < 0:
             raise ConfigError(f"{path}:{number}: times must not be negative and lengths at least 1")
         yield entry
+
+
+def copied(entries: Sequence[TraceEntry], copies: int, seed: int) -> list[TraceEntry]:
+    """The trace ``copies`` times at once: each beginning elsewhere in it, going round, with blocks of its own."""
+    span = max((entry.time for entry in entries), default=0.0)
+    highest = max((block for entry in entries for block in entry.blocks), default=0) + 1
+    rng = random.Random(seed)
+    result = list(entries)
+    for copy in range(1, copies):
+        shift = rng.uniform(0.0, span)
+        result += [
+            replace(
+                entry,
+                time=(entry.time + shift) % span if span else 0.0,
+                blocks=tuple(block + copy * highest for block in entry.blocks),
+            )
+            for entry in entries
+        ]
+    return sorted(result, key=lambda entry: entry.time)
 
 
 def block_of(blocks: Sequence[int], index: int) -> int:

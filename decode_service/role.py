@@ -16,7 +16,9 @@ import grpc.aio
 
 from engine import AsyncEngine, EngineOutput, EngineRequest
 from kvtransfer import KvHandle, PullClient, Transport
+from splitserve.agent import WorkerAgent
 from splitserve.cluster import Role
+from splitserve.directory_records import TransferRecord, TransferState
 from splitserve.errors import Incompatible, TransferFailed
 from splitserve.layout import KVLayout
 from splitserve.logs import request_logger
@@ -50,7 +52,7 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
         self._layout = layout
         self._fingerprint = fingerprint
         self._metrics = metrics
-        self._joined = False
+        self._agent: WorkerAgent | None = None  # set once the directory knows this worker
 
     def register(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_DecodeServicer_to_server(self, server)
@@ -58,9 +60,9 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
     async def start(self) -> Mapping[str, str]:
         return {}
 
-    def join(self, epoch: int) -> None:
-        self._pulls.join(epoch)
-        self._joined = True
+    def join(self, agent: WorkerAgent) -> None:
+        self._pulls.join(agent.info.epoch)
+        self._agent = agent
 
     async def close(self) -> None:
         await self._pulls.close()
@@ -70,7 +72,7 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
     async def Decode(
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[pb.DecodeEvent, None]:
-        if not self._joined:
+        if self._agent is None:
             raise not_joined(Role.DECODE)
         sequence = sequence_from_proto(request.sequence, self._fingerprint)
         work = EngineRequest(
@@ -123,6 +125,9 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
                 "cached": reservation.cached_tokens,
             },
         )
+        if self._agent is not None:
+            state, here = TransferState.PULLED, self._agent.info.id
+            self._agent.record_transfer(TransferRecord(handle.transfer_id, state, destination=here))
         if result.finished:
             self._engine.abandon(work.request_id, len(sequence.tokens))
             return

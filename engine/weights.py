@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,8 @@ from torch import Tensor
 from engine.model_config import ModelConfig, from_gguf, from_hf
 from splitserve.errors import ConfigError
 from splitserve.models import cache_dir
+
+log = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
 _LARGE_FIELD = 1024  # entries of a GGUF field
@@ -139,12 +143,23 @@ class GgufFile:
             if (index := self._fields.get(f"tokenizer.ggml.{key}_token_id")) is not None
         }
         kept = cache_dir() / "tokenizers" / f"{self.digest()}.json"
-        if not kept.is_file():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            scratch = kept.with_suffix(f".{id(self)}.tmp")
-            scratch.write_text(_converted(self._path.parent, self._path.name))
-            scratch.replace(kept)
-        return kept.read_text(), str(self._fields.get("tokenizer.chat_template", "")), special
+        if kept.is_file():
+            text = kept.read_text()
+        else:
+            text = _converted(self._path.parent, self._path.name)
+            _keep(kept, text)
+        return text, str(self._fields.get("tokenizer.chat_template", "")), special
+
+
+def _keep(path: Path, text: str) -> None:
+    """Writes a cache file; where that is not allowed, the next start is slower and nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
+            scratch.write(text)
+        Path(scratch.name).replace(path)
+    except OSError as error:
+        log.warning("the tokenizer could not be kept in %s: %s", path.parent, error)
 
 
 def _converted(directory: Path, gguf_file: str | None) -> str:

@@ -70,9 +70,7 @@ class Kernels(Protocol):
         https://arxiv.org/abs/2104.09864"""
         ...
 
-    def paged_attention(
-        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
         """Causal attention of ``q [T, Hq, D]`` over the sequences' blocks -> ``[T, Hq * D]`` contiguous.
 
         Query head ``h`` reads KV head ``h // (Hq // Hkv)``. ``kv [blocks, Hkv, L, 2, B, D]``, K at index 0."""

@@ -50,9 +50,7 @@ class ReferenceKernels:
         kv[blocks, :, layer, 0, offsets] = k
         kv[blocks, :, layer, 1, offsets] = v
 
-    def paged_attention(
-        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
         num_rows, num_heads, head_dim = q.shape
         num_kv_heads, block_tokens = kv.shape[1], kv.shape[4]
         out = torch.empty(num_rows, num_heads, head_dim, dtype=q.dtype, device=q.device)

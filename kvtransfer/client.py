@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from kvtransfer.blocks import BlockMemory
 from kvtransfer.faults import ConnectionLost, ProtocolError, Reason, Refusal
-from kvtransfer.frames import End, Hello, Stamp, pack_worker_id
+from kvtransfer.frames import Hello, HelloOk, Stamp, pack_worker_id
 from kvtransfer.handle import KvHandle
+from kvtransfer.idle import IdleConnections
 from kvtransfer.observer import NullObserver, TransferObserver
 from kvtransfer.pull import Pulling
 from kvtransfer.tasks import ended, uninterrupted
@@ -61,6 +62,7 @@ class PullClient:
         self._progress_timeout = progress_timeout
         self._observer: TransferObserver = observer or NullObserver()
         self._pulls: set[asyncio.Task[PullResult]] = set()
+        self._idle = IdleConnections()
         self._closed = False
 
     async def close(self) -> None:
@@ -69,6 +71,7 @@ class PullClient:
         for pull in list(self._pulls):
             pull.cancel()
         await asyncio.gather(*self._pulls, return_exceptions=True)
+        await self._idle.close()
 
     async def __aenter__(self) -> PullClient:
         return self
@@ -118,18 +121,16 @@ class PullClient:
         self._observer.pull_started(transport.name)
         pulling: Pulling | None = None
         try:
-            connection = await self._connect(transport, handle)
-            stamp = Stamp(handle.transfer_id, handle.epoch, self._epoch)
-            pulling = Pulling(connection, self._memory, stamp, self._progress_timeout, block_ids, first)
+            connection, pulling, welcome = await self._open(transport, handle, block_ids, first)
             try:
-                end = await self._receive(pulling, handle, transport.name, on_progress)
+                end = await pulling.blocks(welcome.lease_ms / 1000, self._reporter(transport.name, on_progress))
                 seconds = time.perf_counter() - started
             except asyncio.CancelledError:
                 if not self._closed:  # a closing worker leaves the blocks to another one
                     await uninterrupted(pulling.abandon())
                 raise
             finally:
-                await uninterrupted(pulling.close())
+                await uninterrupted(self._put_back(pulling, connection, handle.addresses[transport.name]))
         except asyncio.CancelledError:
             self._observer.pull_failed(transport.name, "cancelled")
             raise
@@ -142,7 +143,7 @@ class PullClient:
         count = len(block_ids) * self._memory.block_bytes
         self._observer.pull_finished(transport.name, seconds, count)
         logger.info(
-            "pulled %d blocks from %s over %s (%s) in %.1f ms: %.2f GB/s while blocks were there",
+            "pulled %d blocks from %s over %s (available: %s) in %.1f ms: %.2f GB/s while blocks were there",
             len(block_ids), handle.source, transport.name, connection.lanes, seconds * 1e3,
             pulling.bandwidth / 1e9, extra=extra,
         )  # fmt: skip
@@ -160,6 +161,33 @@ class PullClient:
             Reason.CONNECT,
         )
 
+    async def _open(
+        self, transport: Transport, handle: KvHandle, block_ids: Sequence[int], first: int
+    ) -> tuple[Connection, Pulling, HelloOk]:
+        """The handshake, over an idle connection if there is one: making a new one takes UCX long."""
+        stamp = Stamp(handle.transfer_id, handle.epoch, self._epoch)
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            fingerprint=self._fingerprint,
+            secret=handle.secret,
+            source=handle.source,
+            puller=self._worker_id,
+            timeout_ms=max(1, int(self._progress_timeout * 1000)),
+        )
+        while True:
+            idle = self._idle.take(handle.addresses[transport.name])
+            connection = idle or await self._connect(transport, handle)
+            pulling = Pulling(connection, self._memory, stamp, self._progress_timeout, block_ids, first)
+            try:
+                return connection, pulling, await pulling.greet(hello)
+            except ConnectionLost:
+                await uninterrupted(connection.close())
+                if idle is None:  # an idle one may have been lost long ago: that says nothing of the source
+                    raise
+            except BaseException:
+                await uninterrupted(connection.close())
+                raise
+
     async def _connect(self, transport: Transport, handle: KvHandle) -> Connection:
         address = handle.addresses[transport.name]
         try:
@@ -169,9 +197,12 @@ class PullClient:
             why = str(error) or "no answer"
             raise Refusal(Reason.CONNECT, f"cannot connect to {address} over {transport.name}: {why}") from error
 
-    async def _receive(
-        self, pulling: Pulling, handle: KvHandle, transport: str, on_progress: Callable[[int], None]
-    ) -> End:
+    async def _put_back(self, pulling: Pulling, connection: Connection, address: str) -> None:
+        await pulling.close()
+        if pulling.clean and not self._closed:
+            await self._idle.put(address, connection)
+
+    def _reporter(self, transport: str, on_progress: Callable[[int], None]) -> Callable[[int], None]:
         counted = 0
 
         def progress(leading: int) -> None:
@@ -180,17 +211,7 @@ class PullClient:
             counted = leading
             on_progress(leading)
 
-        welcome = await pulling.greet(
-            Hello(
-                version=PROTOCOL_VERSION,
-                fingerprint=self._fingerprint,
-                secret=handle.secret,
-                source=handle.source,
-                puller=self._worker_id,
-                timeout_ms=max(1, int(self._progress_timeout * 1000)),
-            )
-        )
-        return await pulling.blocks(welcome.lease_ms / 1000, progress)
+        return progress
 
 
 def _explain(

@@ -42,7 +42,7 @@ PARTING_SECONDS = 0.5  # how long the source may take to acknowledge the end
 
 
 class Pulling:
-    """Owns the connection. ``block_ids`` are the local blocks for ``first …`` of the transfer."""
+    """Uses the connection until `close`. ``block_ids`` are the local blocks for ``first …`` of the transfer."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class Pulling:
     ) -> None:
         self.received = 0  # leading blocks that are good
         self.busy_seconds = 0.0  # spent on blocks that the source had ready
+        self.clean = False  # the source has acknowledged the end: the connection may carry another transfer
         self._connection = connection
         self._memory = memory
         self._stamp = stamp
@@ -104,7 +105,7 @@ class Pulling:
                         end = frame
                     case _:
                         raise ProtocolError(f"an unexpected {type(frame).__name__}")
-        await self._part(Done())
+        self.clean = await self._part(Done())
         return end
 
     async def abandon(self) -> None:
@@ -112,8 +113,9 @@ class Pulling:
         await self._part(Cancel(abandon=True))
 
     async def close(self) -> None:
-        """Ends everything that was posted."""
-        await self._connection.close()
+        """Ends everything that was posted, by closing the connection unless all of it has ended well."""
+        if not self.clean:
+            await self._connection.close()
         for future in self._posted.values():
             if future.done() and not future.cancelled():
                 future.exception()  # lost with the connection, and nobody waits for it
@@ -175,15 +177,17 @@ class Pulling:
             await asyncio.sleep(interval)
             await self._send(Heartbeat())
 
-    async def _part(self, last: Done | Cancel) -> None:
+    async def _part(self, last: Done | Cancel) -> bool:
         """The end is heard before the connection goes, unless the source is slow: then its lease must end it."""
         try:
             async with asyncio.timeout(PARTING_SECONDS):
                 await self._send(last)
                 while not isinstance(await self._receive(), Ack):
                     pass
+            return True
         except (ConnectionLost, ProtocolError, Refusal, TimeoutError) as error:
             logger.info("the source did not acknowledge the end: %r", error, extra=self._extra)
+            return False
 
     async def _send(self, frame: Frame) -> None:
         async with asyncio.timeout(self._timeout):

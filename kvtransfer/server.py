@@ -19,9 +19,12 @@ from kvtransfer.handle import KvHandle
 from kvtransfer.observer import NullObserver, TransferObserver
 from kvtransfer.publication import Publication, ReleaseReason
 from kvtransfer.session import Session, SourceIdentity
+from kvtransfer.tasks import uninterrupted
 from kvtransfer.transport import Connection, Listener, Transport
 
 logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 300.0  # how long a connection may wait for its next transfer; pullers let go of them earlier
 
 
 class BlockServer:
@@ -135,10 +138,18 @@ class BlockServer:
             logger.warning("too many connections: %s is turned away", connection.peer)
             task = asyncio.create_task(connection.close())
         else:
-            session = Session(connection, self._memory, self._identity, self._publications.get)
-            task = asyncio.create_task(session.serve(self._hello_seconds))
+            task = asyncio.create_task(self._serve_transfers(connection))
         self._sessions.add(task)
         task.add_done_callback(self._session_ended)
+
+    async def _serve_transfers(self, connection: Connection) -> None:
+        """One transfer behind the other, as long as they end well and the puller has another one soon enough."""
+        patience = self._hello_seconds
+        try:
+            while await Session(connection, self._memory, self._identity, self._publications.get).serve(patience):
+                patience = IDLE_SECONDS
+        finally:
+            await uninterrupted(connection.close())
 
     def _session_ended(self, task: asyncio.Task[None]) -> None:
         self._sessions.discard(task)

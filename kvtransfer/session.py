@@ -1,7 +1,8 @@
-"""One puller served over one connection: from its HELLO to its DONE.
+"""One transfer served over one connection: from its HELLO to its DONE.
 
 Sends blocks as they become ready, several at a time, and a heartbeat whenever there is nothing to send.
-Invariant: the publication is detached after the connection is closed, so no block is read behind its back.
+Invariant: the publication is detached when every send has completed or the connection is closed, so no block
+is read behind its back.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from splitserve.layout import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
-BATCH = 8  # blocks announced by one READY
-IN_FLIGHT = 16  # payloads being sent at a time
+BATCH = 4  # blocks announced by one READY
+IN_FLIGHT = 32  # payloads being sent at a time
 MAX_RESENDS = 16  # of one session: a line that damages more is of no use
 LINGER_SECONDS = 1.0  # how long the last frame may take to be read before the connection is closed
 RESEND_SLOT = 1 << 20  # slot of a payload: index in the transfer + attempt * RESEND_SLOT
@@ -80,9 +81,11 @@ class Session:
         self._sends: set[asyncio.Task[None]] = set()
         self._stopping = False
 
-    async def serve(self, hello_seconds: float) -> None:
-        """Until the puller is done, gone, refused or too slow with its HELLO. Closes the connection."""
+    async def serve(self, hello_seconds: float) -> bool:
+        """Until the puller is done, gone, refused or too slow with its HELLO. True: it is done, all was
+        acknowledged, and the connection may carry another transfer; else the connection is closed."""
         publication: Publication | None = None
+        clean = False
         try:
             async with asyncio.timeout(hello_seconds):
                 hello = await self._handshake()
@@ -90,8 +93,12 @@ class Session:
                 await publication.attach()
                 await self._send(self._welcome(publication))
                 pull = await self._receive()
-            await self._transfer(publication, pull, interval=max(0.01, hello.timeout_ms / 4000))
-            await self._part(Ack())
+            last = await self._transfer(publication, pull, interval=max(0.01, hello.timeout_ms / 4000))
+            if isinstance(last, Done):
+                await self._send(Ack())
+                clean = True
+            else:
+                await self._part(Ack())
         except Refusal as refusal:
             await self._part(Error(refusal.reason, refusal.message))
         except ProtocolError as error:
@@ -100,10 +107,12 @@ class Session:
             logger.info("puller %s is gone: %s", self._connection.peer, error or "too slow", extra=self._extra)
         finally:
             try:
-                await uninterrupted(self._connection.close())
+                if not clean:
+                    await uninterrupted(self._connection.close())
             finally:
                 if publication is not None:
                     publication.detach()
+        return clean
 
     @property
     def _extra(self) -> dict[str, str]:
@@ -151,7 +160,7 @@ class Session:
             self._memory.block_bytes,
         )
 
-    async def _transfer(self, publication: Publication, pull: Frame, interval: float) -> None:
+    async def _transfer(self, publication: Publication, pull: Frame, interval: float) -> Done | Cancel:
         if not isinstance(pull, Pull):
             raise ProtocolError(f"{type(pull).__name__} instead of a PULL")
         if pull.first > publication.handle.num_blocks or pull.length == 0:
@@ -174,6 +183,7 @@ class Session:
             self._stopping = True
             publication.changed.set()
             await asyncio.wait([sender], timeout=LINGER_SECONDS)
+        return last
 
     async def _listen(self, publication: Publication, pull: Pull) -> Done | Cancel:
         """The puller's frames, until it wants no more."""

@@ -16,7 +16,9 @@ import grpc.aio
 
 from engine import AsyncEngine, EngineOutput, EngineRequest
 from kvtransfer import BlockServer, KvHandle, Publication, Transport
+from splitserve.agent import WorkerAgent
 from splitserve.cluster import Role
+from splitserve.directory_records import TransferRecord, TransferState
 from splitserve.layout import KVLayout
 from splitserve.logs import ContextLogger, request_logger
 from splitserve.metrics import EngineMetrics
@@ -49,7 +51,7 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
         self._layout = layout
         self._fingerprint = fingerprint
         self._metrics = metrics
-        self._joined = False
+        self._agent: WorkerAgent | None = None  # set once the directory knows this worker
         self._releases: set[asyncio.Task[None]] = set()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -59,9 +61,9 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
         await self._blocks.start()
         return self._blocks.addresses
 
-    def join(self, epoch: int) -> None:
-        self._blocks.join(epoch)
-        self._joined = True
+    def join(self, agent: WorkerAgent) -> None:
+        self._blocks.join(agent.info.epoch)
+        self._agent = agent
 
     async def close(self) -> None:
         await self._blocks.close()  # releases every publication
@@ -73,7 +75,7 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
     async def Prefill(
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[pb.PrefillEvent, None]:
-        if not self._joined:
+        if self._agent is None:
             raise not_joined(Role.PREFILL)
         sequence = sequence_from_proto(request.sequence, self._fingerprint)
         logger = request_logger(log, sequence.request_id)
@@ -84,6 +86,7 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
             events = self._compute(work, None)
         else:
             publication = self._blocks.publish(self._layout.blocks_for(len(sequence.tokens)))
+            self._note(publication, TransferState.COMPUTING)
             self._release_later(sequence.request_id, publication, logger)
             yield pb.PrefillEvent(accepted=pb.PrefillAccepted(handle=_handle_to_proto(publication.handle)))
             events = self._compute(work, publication)
@@ -125,16 +128,25 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
         if output.finished:
             token = output.tokens[0]
             publication.finish(token.token, finished=token.finish_reason is not None)
+            self._note(publication, TransferState.READY)
 
     def _release_later(self, request_id: str, publication: Publication, logger: ContextLogger) -> None:
         async def release() -> None:
             reason = await publication.released()
             self._engine.release(request_id)
+            self._note(publication, TransferState.RELEASED)
             logger.info("blocks released", extra={"reason": reason.value})
 
         task = asyncio.create_task(release(), name=f"release {request_id}")
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
+
+    def _note(self, publication: Publication, state: TransferState) -> None:
+        """Tells the directory how far a transfer is."""
+        if self._agent is not None:
+            handle = publication.handle
+            record = TransferRecord(handle.transfer_id, state, handle.source, None, handle.num_blocks)
+            self._agent.record_transfer(record)
 
 
 def _ends_with_first_token(sequence: SequenceRequest) -> bool:

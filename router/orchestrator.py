@@ -85,12 +85,13 @@ class Orchestrator:
         """The request on the planned workers, from the first token that ``sequence`` lacks."""
         logger.info("planned", extra=plan.describe())
         async with AsyncExitStack() as legs:
-            handle = prefill = None
+            prefill = handle = None
+            more = not _ends_with_next(sequence)
             if plan.prefill is not None:
                 with _failing("prefill", plan.prefill):
                     prefill = await self._open_prefill(legs, plan.prefill, plan, request, sequence)
-                    handle = await prefill.handle()
-            if prefill is None or not _ends_with_next(sequence):
+                    handle = await prefill.handle() if more else None
+            if prefill is None or more:
                 decode = await self._open_decode(legs, plan, request, sequence, handle)
             if prefill is not None and plan.prefill is not None:
                 with _failing("prefill", plan.prefill):

@@ -20,7 +20,7 @@ import uvloop
 
 from splitserve.cluster import Role
 from splitserve.config import LogConfig, RouterConfig, WorkerConfig
-from splitserve.errors import ConfigError
+from splitserve.errors import ConfigError, Unavailable
 
 _Config = TypeVar("_Config", WorkerConfig, RouterConfig)
 _PR_SET_PDEATHSIG = 1
@@ -51,7 +51,7 @@ def run_process(kind: type[_Config], serve: Callable[[_Config], Coroutine[Any, A
         end_with_parent()
     try:
         uvloop.run(serve(config))
-    except ConfigError as error:
+    except (ConfigError, Unavailable) as error:  # Unavailable: Redis went away during the start
         sys.exit(f"splitserve: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -79,8 +79,8 @@ class WorkerRole(Protocol):
         """Opens its side of the transfers; addresses by transport name, empty if it only pulls."""
         ...
 
-    def join(self, epoch: int) -> None:
-        """The directory has given this incarnation its number; requests may come now."""
+    def join(self, agent: WorkerAgent) -> None:
+        """The directory knows this incarnation; requests may come now."""
         ...
 
     async def close(self) -> None: ...
@@ -143,24 +143,10 @@ async def run_worker(
                 grace=config.drain_timeout,
             )
             async with server:
-                info = WorkerInfo(
-                    id=worker_id,
-                    role=config.role,
-                    model=description.model,
-                    fingerprint=description.fingerprint,
-                    grpc_address=join(reachable, server.port),
-                    block_tokens=description.block_tokens,
-                    block_bytes=engine.block_bytes,
-                    num_blocks=engine.num_blocks,
-                    max_num_seqs=config.max_num_seqs,
-                    max_model_len=description.max_model_len,
-                    transfer_addresses=await role.start(),
-                    pid=os.getpid(),
-                    version=splitserve.__version__,
-                )
+                info = _info(config, description, engine, server.port, await role.start())
                 agent = WorkerAgent(directory, info, engine.load, engine.take_block_events, engine.known_hashes)
                 async with agent:
-                    role.join(agent.info.epoch)
+                    role.join(agent)
                     await server.ready()
                     not_ready.clear()
                     tell_ready(config.ready_fd, {"grpc": info.grpc_address, "metrics": metrics_server.url})
@@ -175,6 +161,32 @@ async def run_worker(
             await role.close()
             await engine.close()  # checks its books: a leaked block shows as a failed process
     log.info("stopped")
+
+
+def _info(
+    config: WorkerConfig,
+    description: ModelDescription,
+    engine: WorkerEngine,
+    port: int,
+    transfer_addresses: Mapping[str, str],
+) -> WorkerInfo:
+    """What the directory will say of this worker."""
+    assert config.worker_id is not None and config.advertise_host is not None
+    return WorkerInfo(
+        id=config.worker_id,
+        role=config.role,
+        model=description.model,
+        fingerprint=description.fingerprint,
+        grpc_address=join(config.advertise_host, port),
+        block_tokens=description.block_tokens,
+        block_bytes=engine.block_bytes,
+        num_blocks=engine.num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=description.max_model_len,
+        transfer_addresses=transfer_addresses,
+        pid=os.getpid(),
+        version=splitserve.__version__,
+    )
 
 
 def _register(server: grpc.aio.Server, role: WorkerRole, description: ModelDescription) -> None:

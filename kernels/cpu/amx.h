@@ -1,4 +1,5 @@
-// Tiles of AMX: 16 rows of 64 bytes, multiplied as bfloat16 pairs. Absent unless compiled for AMX.
+// Tiles of AMX: 16 rows of 64 bytes, multiplied as bfloat16 pairs, or as bytes (signed `a`, unsigned `b`) into
+// int32. Absent unless compiled for AMX.
 //
 // Tiles 0-3 accumulate a block of 32 x 32, 4-5 hold its rows of `a`, 6-7 its columns of `b`.
 #pragma once
@@ -37,13 +38,13 @@ class Tiles {
 
   // c[rows][32] (+)= a[rows][units] * b[units][32]: strides in dwords, rows as in set_rows, units % 16 == 0.
   // Rows 16 and above of `a` begin at `lower`.
-  template <bool kStream>
+  template <bool kStream, bool kBytes = false>
   void multiply(const uint32_t* a, const uint32_t* lower, long a_row, const uint32_t* b, long b_unit, float* c,
                 long c_row, long units, bool accumulate) const {
     if (rows_ > 16)
-      multiply_32<kStream>(a, lower, a_row * 4, b, b_unit, c, c_row, units, accumulate);
+      multiply_32<kStream, kBytes>(a, lower, a_row * 4, b, b_unit, c, c_row, units, accumulate);
     else
-      multiply_16<kStream>(a, a_row * 4, b, b_unit, c, c_row, units, accumulate);
+      multiply_16<kStream, kBytes>(a, a_row * 4, b, b_unit, c, c_row, units, accumulate);
   }
 
  private:
@@ -58,7 +59,7 @@ class Tiles {
     }
   }
 
-  template <bool kStream>
+  template <bool kStream, bool kBytes>
   static void multiply_32(const uint32_t* a, const uint32_t* lower, long a_bytes, const uint32_t* b, long b_unit,
                           float* c, long c_row, long units, bool accumulate) {
     const long c_bytes = c_row * 4, b_bytes = b_unit * 4;
@@ -80,10 +81,17 @@ class Tiles {
       _tile_loadd(4, a + u, a_bytes);
       _tile_loadd(7, bu + 16, b_bytes);
       _tile_loadd(5, lower + u, a_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      if constexpr (kBytes) {
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
     }
     _tile_stored(0, c, c_bytes);
     _tile_stored(1, c + 16, c_bytes);
@@ -91,7 +99,7 @@ class Tiles {
     _tile_stored(3, c + 16 * c_row + 16, c_bytes);
   }
 
-  template <bool kStream>
+  template <bool kStream, bool kBytes>
   static void multiply_16(const uint32_t* a, long a_bytes, const uint32_t* b, long b_unit, float* c, long c_row,
                           long units, bool accumulate) {
     const long c_bytes = c_row * 4, b_bytes = b_unit * 4;
@@ -108,8 +116,13 @@ class Tiles {
       _tile_loadd(4, a + u, a_bytes);
       _tile_loadd(6, bu, b_bytes);
       _tile_loadd(7, bu + 16, b_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kBytes) {
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
     }
     _tile_stored(0, c, c_bytes);
     _tile_stored(1, c + 16, c_bytes);

@@ -11,13 +11,7 @@
 namespace {
 
 constexpr int kPart = 512;  // tokens of a work item
-constexpr int kAhead = kStep;  // tokens from a step to those that are fetched during it
-constexpr int kHeads = 16;     // query heads that are computed together
-
-template <class T>
-void prefetch_tile(const T* tile, long elements) {
-  for (long i = 0; i < elements; i += 64 / (long)sizeof(T)) prefetch(tile + i);
-}
+constexpr int kHeads = 16;  // query heads that are computed together
 
 struct Partial {
   float* max;  // [heads of a KV head]
@@ -25,20 +19,15 @@ struct Partial {
   float* out;  // [heads of a KV head][D], not yet divided by sum
 };
 
-// Softmax-weighted values of tokens [begin, end), kStep at a time; `last` is the context's end.
+// Softmax-weighted values of tokens [begin, end), kStep at a time.
 template <class Method, class T>
-void attend_part(Method& method, const Tiles16<T>& tiles, long begin, long end, long last, float scale, Partial part) {
-  const long head_dim = tiles.head_dim, tile = kSpan * head_dim;
+void attend_part(Method& method, const Tiles16<T>& tiles, long begin, long end, float scale, Partial part) {
+  const long head_dim = tiles.head_dim;
   alignas(64) float scores[16 * kStep];
   for (int g = 0; g < method.heads; g++) part.max[g] = -INFINITY, part.sum[g] = 0;
   for (long i = 0; i < method.heads * head_dim; i++) part.out[i] = 0;
   for (long token = begin; token < end; token += kStep) {
     const int count = (int)(end - token < kStep ? end - token : kStep);
-    for (long t = token + kAhead; t < token + kAhead + kStep && t < last; t += kSpan) {
-      const T* next = tiles.keys(t);
-      prefetch_tile(next, tile);
-      prefetch_tile(next + tiles.value_offset(), tile);
-    }
     method.scores(tiles, token, count, scores);
     for (int g = 0; g < method.heads; g++) {
       float* row = scores + g * kStep;
@@ -70,28 +59,28 @@ void attend_part(Method& method, const Tiles16<T>& tiles, long begin, long end, 
 }
 
 template <int G, class T>
-void attend_dots(const T* const* q, const Tiles16<T>& tiles, long begin, long end, long last, float scale,
+void attend_dots(const T* const* q, const Tiles16<T>& tiles, long begin, long end, float scale,
                  Partial part) {
   DotHeads<G, T> method{q};
-  attend_part(method, tiles, begin, end, last, scale, part);
+  attend_part(method, tiles, begin, end, scale, part);
 }
 
 template <class T>
-void attend_heads(int heads, const T* const* q, const Tiles16<T>& tiles, long begin, long end, long last,
-                  float scale, Partial part) {
+void attend_heads(int heads, const T* const* q, const Tiles16<T>& tiles, long begin, long end, float scale, Partial part) {
 #if defined(SS_AMX)
   if constexpr (sizeof(T) == 2)
-    if (heads > 3 && tiles.head_dim % 32 == 0) {  // fewer are bound by memory, and dots start sooner
+    // Dots start sooner, tiles go faster.
+    if ((heads > 3 || end - begin > kStep) && tiles.head_dim % 32 == 0) {
       TileHeads method(q, heads, tiles.head_dim);
-      return attend_part(method, tiles, begin, end, last, scale, part);
+      return attend_part(method, tiles, begin, end, scale, part);
     }
 #endif
   for (int first = 0; first < heads; first += 4, q += 4) {
     switch (heads - first) {
-      case 1: attend_dots<1>(q, tiles, begin, end, last, scale, part); break;
-      case 2: attend_dots<2>(q, tiles, begin, end, last, scale, part); break;
-      case 3: attend_dots<3>(q, tiles, begin, end, last, scale, part); break;
-      default: attend_dots<4>(q, tiles, begin, end, last, scale, part);
+      case 1: attend_dots<1>(q, tiles, begin, end, scale, part); break;
+      case 2: attend_dots<2>(q, tiles, begin, end, scale, part); break;
+      case 3: attend_dots<3>(q, tiles, begin, end, scale, part); break;
+      default: attend_dots<4>(q, tiles, begin, end, scale, part);
     }
     part = {part.max + 4, part.sum + 4, part.out + 4 * tiles.head_dim};
   }
@@ -140,7 +129,7 @@ void decode(Pool* pool, const Batch& batch, const KvPool& kv, long layer, const 
       const int heads = (int)(group - g < kHeads ? group - g : kHeads);
       const T* rows[kHeads];
       for (int i = 0; i < heads; i++) rows[i] = q + (g + i) * head_dim;
-      attend_heads(heads, rows, tiles, begin, end, context, query.scale,
+      attend_heads(heads, rows, tiles, begin, end, query.scale,
                    Partial{at.max + g, at.sum + g, at.out + g * head_dim});
     }
   });

@@ -120,9 +120,7 @@ class CpuKernels:
         )  # fmt: skip
         return None
 
-    def paged_attention(
-        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
         pool = self._bind_pool(kv)
         functions = self._covering(q, kv)
         if functions is None or not (pool.covered and _packed_heads(q)):
@@ -131,7 +129,8 @@ class CpuKernels:
         native = self._bind_batch(batch)
         out = q.new_empty((rows, heads * head_dim))
         arguments = (
-            self._pool, native.address, pool.address, layer, q.data_ptr(), q.stride(0), heads, scale, out.data_ptr(),
+            self._pool, native.address, pool.address, layer, q.data_ptr(), q.stride(0), heads, scale,
+            out.data_ptr(),
         )  # fmt: skip
         if batch.num_decodes > 0:
             functions.decode(*arguments)
@@ -150,7 +149,7 @@ class CpuKernels:
         return out
 
     def read_memory(self, data: Tensor) -> None:
-        """Reads a contiguous tensor on all threads and drops it: the limit that ``bench.kernels`` compares with."""
+        """Reads a contiguous tensor on all threads and drops it: the limit that benchmarks compare with."""
         self._library.read_memory(self._pool, data.data_ptr(), data.numel() * data.element_size() // 8)
 
     def _covering(self, x: Tensor, other: Tensor) -> Functions | None:

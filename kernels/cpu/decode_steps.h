@@ -7,6 +7,8 @@
 #include "paged.h"
 
 constexpr int kStep = 64;  // tokens of a step; rows of scores and weights are so long
+// Whoever touches a line of K or V first also fetches the line that lies so many tokens further.
+constexpr int kAhead = 64;
 
 namespace {
 
@@ -36,7 +38,7 @@ static inline __m512 sum_rows(const __m512* rows) {
 
 // scores[g][0..15] of one span; those past its valid tokens are garbage.
 template <int G>
-void score_span(const bf16* const* q, const bf16* keys, long head_dim, int, float* scores) {
+void score_span(const bf16* const* q, const bf16* keys, const bf16* ahead, long head_dim, int, float* scores) {
   for (int g = 0; g < G; g++) {
     __m512 sums[kSpan];
 #pragma GCC unroll 16
@@ -45,8 +47,10 @@ void score_span(const bf16* const* q, const bf16* keys, long head_dim, int, floa
     for (; d + 32 <= head_dim; d += 32) {
       const __m512bh query = load_pairs<true>(q[g] + d, 32);
 #pragma GCC unroll 16
-      for (int t = 0; t < kSpan; t++)
+      for (int t = 0; t < kSpan; t++) {
+        if (g == 0) prefetch(ahead + t * head_dim + d);
         sums[t] = _mm512_dpbf16_ps(sums[t], load_pairs<true>(keys + t * head_dim + d, 32), query);
+      }
     }
     if (d < head_dim) {
       const __m512bh query = load_pairs(q[g] + d, 16);
@@ -81,8 +85,11 @@ void add_values(const Tiles16<bf16>& tiles, long token, int count, const float* 
     for (int g = 0; g < G; g++) sum[g][0] = sum[g][1] = _mm512_setzero_ps();
     for (int t = 0; t < count; t += kSpan) {
       const bf16* values = tiles.keys(token + t) + tiles.value_offset() + d;
+      const bf16* ahead = tiles.keys_ahead(token + t, kAhead) + tiles.value_offset() + d;
       const int n = count - t < kSpan ? count - t : kSpan;
       for (int i = 0; i < n; i += 2) {
+        prefetch(ahead + i * head_dim);
+        prefetch(ahead + (i + 1) * head_dim);
         const __m512i a = (__m512i)load_pairs(values + i * head_dim, left);
         const __m512i b = i + 1 < n ? (__m512i)load_pairs(values + (i + 1) * head_dim, left) : __m512i{};
         const __m512bh lo = (__m512bh)_mm512_unpacklo_epi16(a, b), hi = (__m512bh)_mm512_unpackhi_epi16(a, b);
@@ -104,10 +111,11 @@ void add_values(const Tiles16<bf16>& tiles, long token, int count, const float* 
 #endif
 
 template <int G, class T>
-void score_span(const T* const* q, const T* keys, long head_dim, int count, float* scores) {
-  for (int t = 0; t < count; t++, keys += head_dim) {
+void score_span(const T* const* q, const T* keys, const T* ahead, long head_dim, int count, float* scores) {
+  for (int t = 0; t < count; t++, keys += head_dim, ahead += head_dim) {
     VF sum[G] = {};
     for (long d = 0; d < head_dim; d += W) {
+      prefetch(ahead + d);
       const VF key = load(keys + d);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) sum[g] += key * load(q[g] + d);
@@ -121,10 +129,11 @@ void add_value_columns(const Tiles16<T>& tiles, long token, int count, const flo
   VF sum[G][NV] = {};
   for (int t = 0; t < count; t += kSpan) {
     const T* values = tiles.keys(token + t) + tiles.value_offset() + d;
+    const T* ahead = tiles.keys_ahead(token + t, kAhead) + tiles.value_offset() + d;
     const int n = count - t < kSpan ? count - t : kSpan;
-    for (int i = 0; i < n; i++, values += tiles.head_dim) {
+    for (int i = 0; i < n; i++, values += tiles.head_dim, ahead += tiles.head_dim) {
       VF value[NV];
-      for (int j = 0; j < NV; j++) value[j] = load(values + j * W);
+      for (int j = 0; j < NV; j++) value[j] = load(values + j * W), prefetch(ahead + j * W);
       for (int g = 0; g < G; g++)
         for (int j = 0; j < NV; j++) sum[g][j] += value[j] * weights[g * kStep + t + i];
     }
@@ -153,7 +162,8 @@ struct DotHeads {
 
   void scores(const Tiles16<T>& tiles, long token, int count, float* scores) const {
     for (int t = 0; t < count; t += kSpan)
-      score_span<G>(q, tiles.keys(token + t), tiles.head_dim, count - t < kSpan ? count - t : kSpan, scores + t);
+      score_span<G>(q, tiles.keys(token + t), tiles.keys_ahead(token + t, kAhead), tiles.head_dim,
+                    count - t < kSpan ? count - t : kSpan, scores + t);
   }
   void values(const Tiles16<T>& tiles, long token, int count, const float* weights, float* out) const {
     add_values<G>(tiles, token, count, weights, out);
@@ -185,6 +195,10 @@ struct TileHeads {
     const bf16* keys[4];
     for (int i = 0; i < 4; i++) keys[i] = tiles.keys(token + (i * kSpan < count ? i * kSpan : 0));
     alignas(64) float sums[kStep][16];
+    for (int t = 0; t < count; t += kSpan) {
+      const bf16* ahead = tiles.keys_ahead(token + t, kAhead);
+      for (long i = 0; i < kSpan * tiles.head_dim; i += 32) prefetch(ahead + i);
+    }
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -237,9 +251,12 @@ struct TileHeads {
   // Two tokens' values, zeros for those that are not there.
   static void interleave(const Tiles16<bf16>& tiles, long token, int left, uint32_t* to) {
     const long head_dim = tiles.head_dim;
-    const bf16* at = nullptr;
-    if (left > 0) at = tiles.keys(token / kSpan * kSpan) + tiles.value_offset() + token % kSpan * head_dim;
+    const long span = token / kSpan * kSpan, inside = tiles.value_offset() + token % kSpan * head_dim;
+    const bf16 *at = nullptr, *ahead = nullptr;
+    if (left > 0) at = tiles.keys(span) + inside, ahead = tiles.keys_ahead(span, kAhead) + inside;
     for (long d = 0; d < head_dim; d += 32) {
+      prefetch(ahead + d);
+      prefetch(ahead + head_dim + d);
       const __m512i a = left > 0 ? _mm512_loadu_si512(at + d) : __m512i{};
       const __m512i b = left > 1 ? _mm512_loadu_si512(at + head_dim + d) : __m512i{};
       _mm512_store_si512(to + d, _mm512_unpacklo_epi16(a, b));

@@ -62,8 +62,7 @@ def pack_int8(
     panels = torch.empty(-(-n // PANEL) * PANEL * k, dtype=torch.uint8)
     scales = torch.empty(n, dtype=torch.float32)
     library.pack_int8(source.data_ptr(), n, k, panels.data_ptr(), scales.data_ptr())
-    kept = (scales,) if bias is None else (scales, bias.contiguous())
-    layer = PackedLinear(
-        panels.data_ptr(), None if bias is None else kept[1].data_ptr(), scales.data_ptr(), n, k
-    )
-    return NativeLinear(functions.linear_int8, pool, panels, layer, *kept)
+    kept = () if bias is None else (bias.contiguous(),)
+    address = kept[0].data_ptr() if kept else None
+    layer = PackedLinear(panels.data_ptr(), address, scales.data_ptr(), n, k)
+    return NativeLinear(functions.linear_int8, pool, panels, layer, scales, *kept)

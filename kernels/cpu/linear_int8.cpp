@@ -67,7 +67,10 @@ template <class T>
 void split(const T* x, long x_row, long rows, long k, Digits& digits) {
   for (long r = 0; r < rows; r++, x += x_row) {
     float most = 0;
-    for (long i = 0; i < k; i++) most = std::fmax(most, std::fabs(to_float(x[i])));
+    for (long i = 0; i < k; i++) {
+      const float magnitude = std::fabs(to_float(x[i]));
+      most = magnitude > most ? magnitude : most;
+    }
     const float inverse = most > 0 ? 16256.0f / most : 0.0f;  // 127 * 128
     int8_t *high = digits.values + 2 * r * k, *low = high + k;
     int32_t sums[2] = {};
@@ -83,6 +86,22 @@ void split(const T* x, long x_row, long rows, long k, Digits& digits) {
   }
 }
 
+// Results of a panel from the sums [count][kPanel] of digit rows [first, first + count).
+template <class T>
+void join(const PackedLinear& layer, long panel, const Digits& digits, long first, int count, const float* c, T* out) {
+  alignas(64) float y[kPanel];
+  for (int i = 0; i < count; i += 2, c += 2 * kPanel) {
+    const long row = (first + i) / 2;
+    for (int j = 0; j < kPanel; j += W) {
+      const VI high = (VI)load(c + j) - digits.offset[first + i];
+      const VI low = (VI)load(c + kPanel + j) - digits.offset[first + i + 1];
+      const VF sum = __builtin_convertvector(high, VF) * 128.0f + __builtin_convertvector(low, VF);
+      store(y + j, sum * digits.unit[row]);
+    }
+    finish(y, layer, panel, out + row * layer.n, 1);
+  }
+}
+
 template <class T>
 void linear_digits(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, T* out) {
   const long quads = layer.k / 4;
@@ -91,21 +110,29 @@ void linear_digits(Pool* pool, const PackedLinear& layer, const T* x, long x_row
   split(x, x_row, rows, layer.k, digits);
   const uint32_t* a = reinterpret_cast<const uint32_t*>(digits.values);
   over_panels(pool, layer, quads * kPanel * 4, rows, [&](long first, long last, long, long) {
-    alignas(64) float c[kRows * kPanel], y[kPanel];
+    alignas(64) float c[32 * kPanel];
+#if defined(SS_AMX)
+    if (layer.k % 64 == 0) {
+      Tiles tiles;
+      for (long r = 0; r < 2 * rows; r += 32) {
+        const int count = (int)(2 * rows - r < 32 ? 2 * rows - r : 32);
+        tiles.set_rows(count);
+        for (long p = first; p < last; p++) {
+          const uint32_t* b = static_cast<const uint32_t*>(layer.weight) + p * quads * kPanel;
+          const uint32_t* rows_a = a + r * quads;
+          tiles.multiply<true, true>(rows_a, rows_a + 16 * quads, quads, b, kPanel, c, kPanel, quads, false);
+          join(layer, p, digits, r, count, c, out);
+        }
+      }
+      return;
+    }
+#endif
     for (long p = first; p < last; p++) {
       const uint32_t* b = static_cast<const uint32_t*>(layer.weight) + p * quads * kPanel;
       for (long r = 0; r < 2 * rows; r += kRows) {
         const int count = (int)(2 * rows - r < kRows ? 2 * rows - r : kRows);
         multiply_rows<Int8, 2, true>(count, a + r * quads, quads, 1, b, kPanel, c, kPanel, quads, false);
-        for (int i = 0; i < count; i += 2) {
-          for (int j = 0; j < kPanel; j += W) {
-            const VI high = (VI)load(c + i * kPanel + j) - digits.offset[r + i];
-            const VI low = (VI)load(c + (i + 1) * kPanel + j) - digits.offset[r + i + 1];
-            const VF sum = __builtin_convertvector(high, VF) * 128.0f + __builtin_convertvector(low, VF);
-            store(y + j, sum * digits.unit[(r + i) / 2]);
-          }
-          finish(y, layer, p, out + (r + i) / 2 * layer.n, 1);
-        }
+        join(layer, p, digits, r, count, c, out);
       }
     }
   });

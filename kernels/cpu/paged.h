@@ -34,18 +34,23 @@ template <class T>
 struct Tiles16 {
   const T* base;
   const int32_t* table;
-  int64_t block_stride, block_tokens, head_dim;
+  int64_t block_stride, block_tokens, head_dim, context;
 
   Tiles16(const KvPool& kv, const Batch& batch, long sequence, long head, long layer)
       : base(static_cast<const T*>(kv.data) + head * kv.head_stride + layer * kv.layer_stride),
         table(batch.block_tables + sequence * batch.table_stride),
         block_stride(kv.block_stride),
         block_tokens(kv.block_tokens),
-        head_dim(kv.head_dim) {}
+        head_dim(kv.head_dim),
+        context(batch.context_lens[sequence]) {}
 
   // Keys of the 16 tokens from `token` on, which is a multiple of 16; the values lie value_offset() further.
   const T* keys(long token) const {
     return base + table[token / block_tokens] * block_stride + token % block_tokens * head_dim;
+  }
+  // The same for the span `distance` tokens further; for none that is there, any address.
+  const T* keys_ahead(long token, long distance) const {
+    return keys(token + distance < context ? token + distance : token);
   }
   long value_offset() const { return block_tokens * head_dim; }
 };

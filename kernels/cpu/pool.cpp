@@ -118,19 +118,18 @@ Pool* ss_pool_create(int threads) { return threads > 1 ? new (std::nothrow) Pool
 
 void ss_pool_destroy(Pool* pool) { delete pool; }
 
-// Sum of a buffer's bytes as 64-bit words, read with prefetches by all threads: the machine's read bandwidth.
+// Sum of a buffer's bytes as 64-bit words, read by all threads: the machine's read bandwidth.
 uint64_t ss_read_memory(Pool* pool, const uint64_t* data, long words) {
   constexpr long kChunk = 1 << 17;
   std::atomic<uint64_t> total{0};
   parallel_for(pool, (words + kChunk - 1) / kChunk, [&](long i) {
     const long end = (i + 1) * kChunk < words ? (i + 1) * kChunk : words;
-    uint64_t sum[8] = {};
+    uint64_t sum[16] = {};
     long w = i * kChunk;
-    for (; w + 8 <= end; w += 8) {
-      __builtin_prefetch(data + w + 512, 0, 3);
-      for (int j = 0; j < 8; j++) sum[j] += data[w + j];
+    for (; w + 16 <= end; w += 16) {
+      for (int j = 0; j < 16; j++) sum[j] += data[w + j];
     }
-    for (int j = 1; j < 8; j++) sum[0] += sum[j];
+    for (int j = 1; j < 16; j++) sum[0] += sum[j];
     total += sum[0];
   });
   return total;

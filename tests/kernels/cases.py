@@ -53,7 +53,9 @@ def paged_case(
             values = torch.randn(kv_heads, LAYERS, 2, held, head_dim, generator=generator)
             kv[block, :, :, :, :held] = values.to(dtype)
         positions += range(context - rows, context)
-        slots += [blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(context - rows, context)]
+        slots += [
+            blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(context - rows, context)
+        ]
     rows = [rows for rows, _ in sequences]
     starts = torch.tensor([0, *rows]).cumsum(0)
     batch = AttentionBatch(

@@ -79,7 +79,10 @@ def test_linear_reads_strided_rows(kernels: Kernels, dtype: torch.dtype) -> None
 
 
 def test_linear_of_no_rows_is_empty(kernels: Kernels, dtype: torch.dtype) -> None:
-    assert kernels.pack_linear(torch.randn(64, 32).to(dtype), None)(torch.empty(0, 32, dtype=dtype)).shape == (0, 64)
+    assert kernels.pack_linear(torch.randn(64, 32).to(dtype), None)(torch.empty(0, 32, dtype=dtype)).shape == (
+        0,
+        64,
+    )
 
 
 @pytest.mark.parametrize("width", [8, 64, 80, 576, 1001])
@@ -126,7 +129,9 @@ def test_silu_mul_of_extreme_gates_is_finite(kernels: Kernels, dtype: torch.dtyp
 def test_rope_kv_write_rotates_and_writes_the_slots_alone(
     kernels: Kernels, dtype: torch.dtype, head_dim: int, block_tokens: int
 ) -> None:
-    case = paged_case([(1, 40), (1, 1), (19, 70), (2, 2)], head_dim=head_dim, block_tokens=block_tokens, dtype=dtype)
+    case = paged_case(
+        [(1, 40), (1, 1), (19, 70), (2, 2)], head_dim=head_dim, block_tokens=block_tokens, dtype=dtype
+    )
     angles = torch.rand(128, head_dim // 2) * 6
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
     q, k = (exact_rope(x, cos_sin, case.batch.positions) for x in (case.q, case.k))

@@ -1,0 +1,121 @@
+"""One server through the workloads of the comparison. Knows no other server and no report.
+
+Invariant: each workload gets prompts that no server has seen, so no prefix cache helps anyone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from bench.arrivals import Arrivals
+from bench.datasets import Lengths, Tokens
+from bench.http_client import Server
+from bench.load import Client, LoadResult, run_load
+from bench.metrics import Slo, summarize
+from bench.openai_api import Api
+from bench.peers import Peer
+from bench.servers import RunningServer
+from bench.workloads import (
+    GOODPUT_ATTAINMENT,
+    GOODPUT_LENGTHS,
+    GOODPUT_RATES,
+    GOODPUT_SECONDS,
+    GOODPUT_SLO,
+    Workload,
+)
+
+VOCAB = 32_000
+_IDLE_SECONDS = 10.0
+_SETTLE_SECONDS = 2.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """A running server and how much to ask of it; ``scale`` multiplies the numbers of requests."""
+
+    peer: Peer
+    server: RunningServer
+    scale: float
+    say: Say
+
+    def warm_up(self) -> None:
+        """Requests of the sizes to come, so that nothing is compiled or allocated in a measurement."""
+        for lengths in (Lengths(16, 4), Lengths(1024, 4), Lengths(512, 16)):
+            self._load(Workload("warm-up", lengths, 2, concurrency=2))
+
+    def run(self, workload: Workload) -> dict[str, Any]:
+        """Figures under vLLM's names, and the intervals between tokens with their times."""
+        result = self._load(workload)
+        summary = summarize(result, Slo())
+        shown = {"TTFT": "mean_ttft_ms", "TPOT": "mean_tpot_ms", "ITL p99": "p99_itl_ms"}
+        parts = [f"{title} {summary[key]:.1f} ms" for title, key in shown.items() if summary[key] is not None]
+        parts = [f"{summary['request_throughput']:.2f} req/s", *parts, f"{summary['failed']} failed"]
+        self.say(f"  {workload.title}: {', '.join(parts)}")
+        return summary | {"gaps": _gaps(result)}
+
+    def goodput(self) -> dict[str, Any]:
+        """The highest rate at which enough requests keep the limits, and the attainment at each rate tried.
+
+        Rates are tried upwards until two in a row fail; a rate whose neighbour below failed does not count.
+        """
+        attained: dict[str, float] = {}
+        best, failed = 0.0, 0
+        for rate in GOODPUT_RATES:
+            count = max(30, round(rate * GOODPUT_SECONDS))
+            result = self._load(Workload("goodput", GOODPUT_LENGTHS, count, rate=rate))
+            share = summarize(result, GOODPUT_SLO)["slo_attainment"]
+            attained[f"{rate:g}"] = share
+            self.say(f"  {rate:g} req/s: {share:.0%} within the limits")
+            if share >= GOODPUT_ATTAINMENT:
+                best = rate if not failed else best
+            else:
+                failed += 1
+            if failed >= 2:
+                break
+        return {"rate": best, "attainment": attained}
+
+    def idle(self) -> dict[str, Any]:
+        """CPU time of all its processes while nobody asks, in cores, and the memory they hold."""
+        time.sleep(_SETTLE_SECONDS)
+        before, began = self.server.weigh(), time.perf_counter()
+        time.sleep(_IDLE_SECONDS)
+        after = self.server.weigh()
+        cores = (after.cpu_seconds - before.cpu_seconds) / (time.perf_counter() - began)
+        resident = sum(after.resident.values()) / 2**20
+        self.say(f"  idle: {cores:.3f} cores, {resident:.0f} MiB resident")
+        return {"cpu_fraction": cores, "resident_mib": resident, "processes": dict(after.resident)}
+
+    def _load(self, workload: Workload) -> LoadResult:
+        rng = np.random.default_rng(secrets.randbits(64))
+        count = max(2, round(workload.count * self.scale * self.peer.prompts))
+        conversations = workload.conversations(Tokens(rng, VOCAB), count)
+        offsets = Arrivals(workload.rate).offsets(count, rng)
+        api = Api(
+            self.peer.model, prompt_form=self.peer.prompt_form, ignore_eos=True, extra_body=self.peer.extra_body
+        )
+        client = Client(Server.parse(self.server.spec.url), api, self.peer.request_timeout)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run_load(client, conversations, offsets, workload.concurrency))
+
+
+def _gaps(result: LoadResult) -> dict[str, list[float]]:
+    """When each later arrival came (seconds into the run), and how long after the one before (ms); by label."""
+    gaps: dict[str, list[float]] = {"time": [], "gap_ms": [], "long_prompts": []}
+    for record in result.records:
+        times = [arrival.time for arrival in record.arrivals]
+        if record.label == "long":
+            gaps["long_prompts"].append(round(record.sent - result.began, 4))
+            continue
+        gaps["time"] += [round(now - result.began, 4) for now in times[1:]]
+        gaps["gap_ms"] += [round((now - last) * 1e3, 3) for last, now in pairwise(times)]
+    return gaps
