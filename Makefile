@@ -14,6 +14,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "==> installing SplitServe and what it needs (torch, UCX, Redis; a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,ucx-cu12,redis-server]'
+	@echo "==> compiling the CPU kernels (without a compiler the torch reference is used)"
+	@$(BIN)/python -m kernels.cpu.build || true
 	@touch $@
 	@echo "==> installed"
 
