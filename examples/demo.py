@@ -35,7 +35,7 @@ async def main() -> int:
     began = time.monotonic()
 
     def report(process: str, text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:6.1f} s[/]  [bold]{process:<10}[/] {text}")
+        console.print(f"[dim]{time.monotonic() - began:6.1f} s[/]  [bold]{process:<10}[/] {text}", soft_wrap=True)
 
     report("model", f"{MODEL} (fetched once, then kept)")
     await asyncio.to_thread(resolve_model, MODEL)

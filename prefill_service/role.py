@@ -82,44 +82,50 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
         work = EngineRequest(
             sequence.request_id, sequence.tokens, sequence.params, sequence.num_prompt, sequence.salt, export=True
         )
-        if _ends_with_first_token(sequence):
-            events = self._compute(work, None)
-        else:
-            publication = self._blocks.publish(self._layout.blocks_for(len(sequence.tokens)))
-            self._note(publication, TransferState.COMPUTING)
-            self._release_later(sequence.request_id, publication, logger)
-            yield pb.PrefillEvent(accepted=pb.PrefillAccepted(handle=_handle_to_proto(publication.handle)))
-            events = self._compute(work, publication)
+        events = self._alone(work) if _ends_with_first_token(sequence) else self._offered(work, logger)
         async with aclosing(events):
-            async for output in events:
-                self._metrics.observe_queue_time(output.queue_seconds)
-                logger.info("prefilled", extra={"tokens": len(sequence.tokens), "cached": output.cached_tokens})
-                yield pb.PrefillEvent(
-                    done=pb.PrefillDone(
-                        token=token_to_proto(output.tokens[0]),
-                        cached_tokens=output.cached_tokens,
-                        queue_seconds=output.queue_seconds,
-                    )
-                )
+            async for event in events:
+                yield event
 
-    async def _compute(
-        self, work: EngineRequest, publication: Publication | None
-    ) -> AsyncGenerator[EngineOutput, None]:
-        """Yields the output with the first token; publishes blocks as they become complete."""
-        finished = False
+    async def _alone(self, work: EngineRequest) -> AsyncGenerator[pb.PrefillEvent, None]:
+        """An answer of one token: nobody will want the blocks."""
         try:
             async with aclosing(self._engine.generate(work)) as outputs:
                 async for output in outputs:
-                    finished = output.finished
-                    if publication is not None:
-                        self._publish(output, publication)
-                    if finished:
-                        yield output
+                    if output.finished:
+                        yield self._done(output)
         finally:
-            if publication is None:
-                self._engine.release(work.request_id)
-            elif not finished:
-                publication.fail("the prefill was cancelled")
+            self._engine.release(work.request_id)
+
+    async def _offered(self, work: EngineRequest, logger: ContextLogger) -> AsyncGenerator[pb.PrefillEvent, None]:
+        """Publishes blocks as they become complete, and ends when they were pulled. A router that cancels before
+        that has let go of the request: nobody will pull any more."""
+        publication = self._blocks.publish(self._layout.blocks_for(len(work.tokens)))
+        self._note(publication, TransferState.COMPUTING)
+        self._release_later(work.request_id, publication, logger)
+        try:
+            yield pb.PrefillEvent(accepted=pb.PrefillAccepted(handle=_handle_to_proto(publication.handle)))
+            async with aclosing(self._engine.generate(work)) as outputs:
+                async for output in outputs:
+                    self._publish(output, publication)
+                    if output.finished:
+                        logger.info(
+                            "prefilled", extra={"tokens": len(work.tokens), "cached": output.cached_tokens}
+                        )
+                        yield self._done(output)
+            await publication.released()
+        finally:
+            publication.fail("the router has let go of the request")
+
+    def _done(self, output: EngineOutput) -> pb.PrefillEvent:
+        self._metrics.observe_queue_time(output.queue_seconds)
+        return pb.PrefillEvent(
+            done=pb.PrefillDone(
+                token=token_to_proto(output.tokens[0]),
+                cached_tokens=output.cached_tokens,
+                queue_seconds=output.queue_seconds,
+            )
+        )
 
     def _publish(self, output: EngineOutput, publication: Publication) -> None:
         complete = output.num_computed // self._layout.block_tokens

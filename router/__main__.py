@@ -40,7 +40,7 @@ async def serve(config: RouterConfig) -> None:
     async with Directory(config.redis_url) as directory, ClusterView(directory) as view:
         planner = Planner(directory, view, PolicyConfig(decode_only_tokens=config.decode_only_tokens))
         orchestrator = Orchestrator(planner, view, channels, metrics, config.max_retries)
-        backend = ClusterBackend(view, Catalog(channels), orchestrator)
+        backend = ClusterBackend(view, Catalog(channels), channels, orchestrator)
         app = create_app(backend, HttpConfig(request_seconds=config.request_timeout), metrics, registry)
         servicer = InferenceServicer(backend, metrics)
         grpc_server = GrpcServer(
@@ -52,13 +52,15 @@ async def serve(config: RouterConfig) -> None:
         )
         http_server = HttpServer(app, config.host, config.port, grace=config.drain_timeout)
         try:
-            async with grpc_server, http_server:
+            async with asyncio.TaskGroup() as tasks, grpc_server, http_server:
+                following = tasks.create_task(backend.follow())
                 await grpc_server.ready()
                 tell_ready(config.ready_fd, {"http": http_server.url, "grpc": grpc_server.address})
                 log.info("ready", extra={"http": http_server.url, "grpc": grpc_server.address})
                 await stopping.wait()
                 log.info("draining", extra={"timeout": config.drain_timeout})
                 backend.drain()
+                following.cancel()
                 await asyncio.gather(grpc_server.stop(), http_server.close())
         finally:
             await channels.close()

@@ -6,24 +6,31 @@ Invariant: a model is listed exactly while a decode worker of it lives.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from router.backend import GenerationChunk, GenerationRequest, ModelCard, ModelSpec
 from router.catalog import Catalog
+from router.legs import Channels
 from router.orchestrator import Orchestrator
 from router.snapshot import ClusterView
 from splitserve.cluster import Role
 from splitserve.errors import NotFound, Unavailable
 
+log = logging.getLogger(__name__)
+
 
 class ClusterBackend:
     """Implements ``router.backend.Backend``."""
 
-    def __init__(self, view: ClusterView, catalog: Catalog, orchestrator: Orchestrator) -> None:
+    def __init__(
+        self, view: ClusterView, catalog: Catalog, channels: Channels, orchestrator: Orchestrator
+    ) -> None:
         self._view = view
         self._catalog = catalog
+        self._channels = channels
         self._orchestrator = orchestrator
         self._draining = False
         self._first_seen: dict[str, int] = {}  # model -> seconds since 1970
@@ -31,6 +38,20 @@ class ClusterBackend:
     def drain(self) -> None:
         """From now on not ready; requests in flight go on."""
         self._draining = True
+
+    async def follow(self) -> None:
+        """Learns models as they come and lets go of what has left, until cancelled."""
+        while True:
+            await self._view.changed.wait()
+            self._view.changed.clear()
+            pools = self._view.models().values()
+            await self._channels.keep(self._view.addresses())
+            self._catalog.forget_all_but({(pool.model, pool.fingerprint) for pool in pools})
+            for pool in pools:
+                try:
+                    await self._catalog.spec([state.info for state in pool.states])
+                except Unavailable as error:
+                    log.warning("%s", error)  # a request for it will ask again
 
     async def models(self) -> Sequence[ModelCard]:
         return [

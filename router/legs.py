@@ -6,8 +6,9 @@ and keeps no request. Invariant: leaving a leg's block cancels its call, so that
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -48,10 +49,11 @@ class Tokens:
 
 
 class Channels:
-    """One channel a worker address, opened at first use, closed when its worker has gone."""
+    """One channel a worker address, opened at first use, closed when its worker has gone and no leg uses it."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._legs: Counter[str] = Counter()  # open ones, by address
 
     def to(self, worker: WorkerInfo) -> grpc.aio.Channel:
         address = worker.grpc_address
@@ -59,12 +61,23 @@ class Channels:
             self._channels[address] = open_channel(address)
         return self._channels[address]
 
+    @contextmanager
+    def leg(self, worker: WorkerInfo) -> Iterator[grpc.aio.Channel]:
+        """The channel, kept open for the length of the block."""
+        self._legs[worker.grpc_address] += 1
+        try:
+            yield self.to(worker)
+        finally:
+            self._legs[worker.grpc_address] -= 1
+
     async def keep(self, addresses: set[str]) -> None:
-        """Closes the channels to all other addresses. Open streams on them end with an error."""
-        for address in [a for a in self._channels if a not in addresses]:
+        """Closes the channels to all other addresses, but those that a leg still uses."""
+        for address in [a for a in self._channels if a not in addresses and not self._legs[a]]:
+            del self._legs[address]
             await self._channels.pop(address).close()
 
     async def close(self) -> None:
+        self._legs.clear()
         await self.keep(set())
 
     async def model(self, worker: WorkerInfo) -> ModelDescription:
@@ -118,12 +131,13 @@ async def open_prefill(
     channels: Channels, worker: WorkerInfo, sequence: SequenceRequest, timeout: float | None
 ) -> AsyncIterator[PrefillLeg]:
     """``timeout`` is what is left of the request's time, in seconds."""
-    stub = worker_pb2_grpc.PrefillStub(channels.to(worker))
-    call = stub.Prefill(pb.PrefillRequest(sequence=sequence_to_proto(sequence)), timeout=timeout)
-    try:
-        yield PrefillLeg(call)
-    finally:
-        call.cancel()
+    with channels.leg(worker) as channel:
+        stub = worker_pb2_grpc.PrefillStub(channel)
+        call = stub.Prefill(pb.PrefillRequest(sequence=sequence_to_proto(sequence)), timeout=timeout)
+        try:
+            yield PrefillLeg(call)
+        finally:
+            call.cancel()
 
 
 @asynccontextmanager
@@ -131,13 +145,14 @@ async def open_decode(
     channels: Channels, worker: WorkerInfo, sequence: SequenceRequest, handle: Handle | None, timeout: float | None
 ) -> AsyncIterator[DecodeLeg]:
     """``handle`` says where the blocks come from; None: the worker computes what it has not cached."""
-    stub = worker_pb2_grpc.DecodeStub(channels.to(worker))
-    request = pb.DecodeRequest(sequence=sequence_to_proto(sequence), handle=handle)
-    call = stub.Decode(request, timeout=timeout)
-    try:
-        yield DecodeLeg(call)
-    finally:
-        call.cancel()
+    with channels.leg(worker) as channel:
+        stub = worker_pb2_grpc.DecodeStub(channel)
+        request = pb.DecodeRequest(sequence=sequence_to_proto(sequence), handle=handle)
+        call = stub.Decode(request, timeout=timeout)
+        try:
+            yield DecodeLeg(call)
+        finally:
+            call.cancel()
 
 
 async def _read(call: grpc.aio.UnaryStreamCall[Any, _Event]) -> _Event | None:

@@ -68,6 +68,7 @@ class ClusterView:
         self._mismatches: set[tuple[str, frozenset[str]]] = set()
         self._refreshed_at: float | None = None
         self._failing = False
+        self.changed = asyncio.Event()  # set when workers joined or left; whoever waits clears it
         self._refreshing: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -126,6 +127,10 @@ class ClusterView:
         """All workers in the view, whatever their model."""
         return list(self._live())
 
+    def addresses(self) -> set[str]:
+        """gRPC addresses of all workers, also of those that are left alone for a while."""
+        return {sighting.state.info.grpc_address for sighting in self._seen.values()}
+
     def report_failure(self, worker_id: str, epoch: int) -> None:
         """A connection to this incarnation failed: leave it alone for a while. A new incarnation is not meant."""
         now = asyncio.get_running_loop().time()
@@ -180,16 +185,16 @@ class ClusterView:
             # may live: it gets the rest of its lease to register again.
             if id not in known and loop.time() - self._seen[id].beat_at < self._directory.lease_seconds:
                 found[id] = self._seen[id]
-        self._note_changes(found)
-        self._seen = found
+        before, self._seen = self._seen, found
+        self._note_changes(before, found)
         self._ejected = {key: until for key, until in self._ejected.items() if until > loop.time()}
         self._refreshed_at = loop.time()
         if self._failing:
             logger.info("the directory is back")
         self._failing = False
 
-    def _note_changes(self, found: dict[str, _Sighting]) -> None:
-        before = {(s.state.info.id, s.state.info.epoch) for s in self._seen.values()}
+    def _note_changes(self, seen: dict[str, _Sighting], found: dict[str, _Sighting]) -> None:
+        before = {(s.state.info.id, s.state.info.epoch) for s in seen.values()}
         after = {(s.state.info.id, s.state.info.epoch) for s in found.values()}
         for id, epoch in sorted(after - before):
             info = found[id].state.info
@@ -203,6 +208,8 @@ class ClusterView:
             )
         for id, epoch in sorted(before - after):
             logger.info("worker %s left", id, extra={"epoch": epoch})
+        if before != after:
+            self.changed.set()
 
     def _live(self) -> Iterator[WorkerState]:
         now = asyncio.get_running_loop().time()

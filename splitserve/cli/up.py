@@ -36,6 +36,7 @@ def up(
     grpc_port: o.GrpcPort = 50051,
     kv_transport: o.Transports = None,
     dtype: o.Dtype = "auto",
+    quantization: o.Quantization = None,
     max_model_len: o.MaxModelLen = None,
     max_num_seqs: o.MaxNumSeqs = 64,
     max_num_batched_tokens: o.MaxBatchedTokens = 512,
@@ -86,7 +87,7 @@ async def _run(router: RouterConfig, workers: tuple[WorkerConfig, ...]) -> int:
     began = time.monotonic()
 
     def report(process: str, text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:6.1f} s[/]  [bold]{process:<10}[/] {text}")
+        console.print(f"[dim]{time.monotonic() - began:6.1f} s[/]  [bold]{process:<10}[/] {text}", soft_wrap=True)
 
     report("splitserve", f"model {workers[0].model}")
     await asyncio.to_thread(resolve_model, workers[0].model)  # fetched once, before the workers ask for it
@@ -107,7 +108,8 @@ async def _run(router: RouterConfig, workers: tuple[WorkerConfig, ...]) -> int:
             starting.result()
             console.print(
                 f"[green]ready[/] in {time.monotonic() - began:.1f} s: {cluster.http_url}/v1 (OpenAI), "
-                f"{cluster.grpc_address} (gRPC). Ctrl-C drains and ends."
+                f"{cluster.grpc_address} (gRPC). Ctrl-C drains and ends.",
+                soft_wrap=True,
             )
             ended = asyncio.ensure_future(cluster.first_to_end())
             await asyncio.wait([ended, stop], return_when=asyncio.FIRST_COMPLETED)

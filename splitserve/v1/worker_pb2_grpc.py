@@ -123,8 +123,9 @@ class PrefillServicer:
     """
 
     def Prefill(self, request, context):
-        """First message: accepted, with the handle. Last message: the first token, once computed.
-        The open stream is the router's sign of life: when it is cancelled before the end, the work is dropped.
+        """First message: accepted, with the handle, unless the answer ends with its first token.
+        Last message: the first token, once computed; the stream ends when the blocks were pulled or their lease is over.
+        The open stream is the router's sign of life: when it is cancelled, the work and the blocks are dropped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
