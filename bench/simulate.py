@@ -95,16 +95,25 @@ def _speed_without_cache(load: float, entries: Sequence[TraceEntry], workers: in
 def workers_needed(
     report_at: Callable[[tuple[int, int]], Report], attainment: float, most: int
 ) -> tuple[int, int] | None:
-    """The smallest pools with which ``attainment`` is reached: first both alike, then each as small as can be."""
+    """Small pools with which ``attainment`` is reached; None if pools of ``most`` do not.
+
+    Each pool as small as can be beside an ample other one; then both grow by turns until they suffice together.
+    """
 
     def enough(prefills: int, decodes: int) -> bool:
         return report_at((prefills, decodes)).attainment >= attainment
 
-    both = _least(1, most, lambda size: enough(size, size))
-    if both is None:
+    prefills = _least(1, most, lambda size: enough(size, most))
+    decodes = _least(1, most, lambda size: enough(most, size))
+    if prefills is None or decodes is None:
         return None
-    prefills = _least(1, both, lambda size: enough(size, both)) or both
-    decodes = _least(1, both, lambda size: enough(prefills, size)) or both
+    grow_prefills = True
+    while not enough(prefills, decodes):
+        if (grow_prefills and prefills < most) or decodes == most:
+            prefills += 1
+        else:
+            decodes += 1
+        grow_prefills = not grow_prefills
     return prefills, decodes
 
 

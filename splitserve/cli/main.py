@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import splitserve
-from splitserve.cli import chat, models, processes, up
+from splitserve.cli import bench, chat, models, processes, up
 from splitserve.errors import ConfigError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command()(processes.prefill)
 app.command()(processes.decode)
 app.command()(models.pull)
 app.command()(chat.chat)
+app.add_typer(bench.app)
 
 
 def _version(show: bool) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.sim.cache import Index, PrefixCache
 from bench.sim.cluster import SimulatedCluster
-from bench.sim.model import BLOCK_TOKENS, Hardware, Limits, Request, requests_of
+from bench.sim.model import BLOCK_TOKENS, Hardware, Limits, Report, Request, requests_of
 from bench.sim.rules import RULES, Choice, Rule, View
 from bench.simulate import simulate, workers_needed
 from bench.trace import TraceEntry, copied
@@ -127,16 +127,25 @@ def test_the_policy_finds_more_in_caches_than_round_robin() -> None:
     assert ours.hit_rate > 1.5 * robin.hit_rate
 
 
-def test_workers_needed_are_the_fewest_that_suffice() -> None:
+def test_workers_needed_suffice_and_are_few() -> None:
     entries = conversations(60, 3)
 
-    def report(pools: tuple[int, int], attainment: float = 0.0) -> float:
-        return simulate(entries, 4.0, pools, HARDWARE, RULES[0], LIMITS, seed=0).attainment
+    def report(pools: tuple[int, int]) -> Report:
+        return simulate(entries, 4.0, pools, HARDWARE, RULES[0], LIMITS, seed=0)
 
-    needed = workers_needed(lambda pools: simulate(entries, 4.0, pools, HARDWARE, RULES[0], LIMITS, 0), 0.9, 32)
+    needed = workers_needed(report, 0.9, most=32)
     assert needed is not None
-    assert report(needed) >= 0.9
-    assert needed[0] == 1 or report((needed[0] - 1, needed[1])) < 0.9
+    assert report(needed).attainment >= 0.9
+    assert sum(needed) < 32
+
+
+def test_a_load_for_which_no_pool_is_large_enough_has_no_answer() -> None:
+    impossible = Limits(ttft=1e-6, tpot=1e-6)
+
+    def report(pools: tuple[int, int]) -> Report:
+        return simulate(conversations(5, 2), 1.0, pools, HARDWARE, RULES[0], impossible, seed=0)
+
+    assert workers_needed(report, 0.9, most=4) is None
 
 
 def test_copies_share_nothing_and_keep_the_span() -> None:
