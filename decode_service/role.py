@@ -123,6 +123,7 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
                 "seconds": round(result.seconds, 4),
                 "transport": result.transport,
                 "cached": reservation.cached_tokens,
+                "transfer_id": handle.transfer_id.hex(),
             },
         )
         if self._agent is not None:
