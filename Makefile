@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check format stubs bench clean
+.PHONY: install demo test soak check format stubs bench clean
 
 install: $(STAMP)
 
@@ -24,6 +24,9 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest
+
+soak: install
+	@SPLITSERVE_SOAK_SECONDS=$${SPLITSERVE_SOAK_SECONDS:-600} $(BIN)/python -m pytest -s tests/e2e/test_soak.py
 
 check: install
 	$(BIN)/ruff check .

@@ -111,7 +111,8 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
 
             result = await self._pulls.pull(handle, reservation.blocks[first:], first, on_progress)
         except BaseException as error:
-            self._engine.abandon(work.request_id, arrived * self._layout.block_tokens)
+            # the last block may be a partial one
+            self._engine.abandon(work.request_id, min(arrived * self._layout.block_tokens, len(sequence.tokens)))
             if isinstance(error, TransferFailed):
                 logger.warning("%s", error, extra={"reason": error.reason, "blocks": arrived})
             raise

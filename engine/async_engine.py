@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from engine.core import Engine, Reservation, StepResult
 from engine.sequence import EngineOutput, EngineRequest
@@ -40,6 +40,8 @@ class AsyncEngine:
         self._outputs: dict[str, asyncio.Queue[_Item]] = {}
         self._events_lock = threading.Lock()
         self._changes: dict[BlockHash, bool] = {}  # filled (True) or evicted since they were last taken
+        self._calls: set[asyncio.Future[Any]] = set()  # that the thread has not answered yet
+        self._broken = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -64,6 +66,7 @@ class AsyncEngine:
         engine's books are in order."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
+        assert not self._broken, "the engine's thread has failed"
         self.engine.check_integrity()
         for outputs in self._outputs.values():
             outputs.put_nowait(EngineError("the engine was closed"))
@@ -113,7 +116,9 @@ class AsyncEngine:
         self._inbox.put(lambda: self.engine.abort(request_id, loaded_tokens=num_computed))
 
     def release(self, request_id: str) -> None:
-        """Frees the blocks of an export."""
+        """Frees the blocks of an export. Whoever still waits for its outputs gets an EngineError."""
+        if (outputs := self._outputs.get(request_id)) is not None:
+            outputs.put_nowait(EngineError("the request was given up before it was computed"))
         self._inbox.put(lambda: self.engine.release(request_id))
 
     def take_block_events(self) -> tuple[list[BlockHash], list[BlockHash]]:
@@ -126,7 +131,11 @@ class AsyncEngine:
         return self.engine.pool.known_hashes()
 
     def load(self) -> WorkerLoad:
-        """A snapshot; fields are read while the engine works and need not belong to the same step."""
+        """A snapshot; fields are read while the engine works and need not belong to the same step.
+
+        Raises EngineError when the thread has failed: the worker can't go on.
+        """
+        self._check_thread()
         scheduler, stats = self.engine.scheduler, self.engine.stats
         return WorkerLoad(
             num_running=len(scheduler.running) + len(scheduler.loading),
@@ -174,8 +183,11 @@ class AsyncEngine:
     async def _call(self, function: Callable[[], _T]) -> _T:
         """Runs a function in the engine's thread between two steps; raises what it raises."""
         assert self._loop is not None
+        self._check_thread()
         loop = self._loop
         done: asyncio.Future[_T] = loop.create_future()
+        self._calls.add(done)
+        done.add_done_callback(self._calls.discard)
 
         def settle(result: _T | None, error: Exception | None) -> None:
             if done.done():
@@ -196,9 +208,30 @@ class AsyncEngine:
         self._inbox.put(run)
         return await done
 
+    def _check_thread(self) -> None:
+        if self._broken:
+            raise EngineError("the engine has failed")
+
+    def _give_up(self) -> None:
+        """Nobody will be answered any more."""
+        for outputs in self._outputs.values():
+            outputs.put_nowait(EngineError("the engine has failed"))
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(EngineError("the engine has failed"))
+
     # -- the engine's thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        assert self._loop is not None
+        try:
+            self._serve()
+        except Exception:
+            log.critical("the engine's thread has failed: this worker can't go on", exc_info=True)
+            self._broken = True
+            self._loop.call_soon_threadsafe(self._give_up)
+
+    def _serve(self) -> None:
         assert self._loop is not None
         stuck = False  # every request waits for blocks that only a call can free
         while self._handle_calls(block=stuck or not self.engine.has_work):

@@ -11,6 +11,7 @@ class EngineConfig:
 
     model: str  # directory, .gguf file, hub id or alias
     dtype: str = "auto"  # "auto" (bfloat16), "float32" or "bfloat16"; weights, activations and KV
+    quantization: str | None = None  # "int8": weights of linear layers, rounded as they are loaded
     max_model_len: int | None = None  # tokens; None: what the model was trained for
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 512  # rows in one step: the chunk size of chunked prefill

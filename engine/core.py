@@ -135,6 +135,7 @@ class Engine:
             self.scheduler.hold(sequence)
         elif not (sequence.export and sequence.status is Status.HELD):
             if loaded_tokens is not None and sequence.status is Status.LOADING:
+                assert loaded_tokens <= len(sequence.tokens)
                 self.scheduler.advance(sequence, max(0, loaded_tokens - sequence.num_computed))
             self._remove(sequence)
 

@@ -16,6 +16,7 @@ def create_engine(config: WorkerConfig) -> tuple[AsyncEngine, ModelDescription]:
     engine_config = EngineConfig(
         model=config.model,
         dtype=config.dtype,
+        quantization=config.quantization,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

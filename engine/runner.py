@@ -22,6 +22,7 @@ from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.weights import ModelFiles
 from kernels import AttentionBatch, load_kernels, pool_shape
+from kernels.cpu.build import BuildError
 from splitserve.errors import ConfigError
 from splitserve.layout import KVLayout
 from splitserve.sampling import SamplingParams
@@ -38,6 +39,8 @@ class Runner:
             torch.set_num_threads(config.threads)
         if config.dtype not in _DTYPES:
             raise ConfigError(f"dtype {config.dtype!r} is not supported; use {', '.join(_DTYPES)}")
+        if config.quantization not in (None, "int8"):
+            raise ConfigError(f"quantization {config.quantization!r} is not supported; use int8")
         self._dtype = _DTYPES[config.dtype]
         model = files.config
         self.max_model_len = config.max_model_len or model.max_position
@@ -53,9 +56,14 @@ class Runner:
             dtype=str(self._dtype).removeprefix("torch."),
             block_tokens=config.block_tokens,
         )
-        self.fingerprint = self.layout.fingerprint(files.digest())
-        self.kernels = load_kernels("cpu", config.kernels)
-        self.model = LlamaModel(files, self.kernels, self._dtype, self.max_model_len)
+        self.fingerprint = self.layout.fingerprint(_weights_name(files, config.quantization))
+        try:
+            self.kernels = load_kernels("cpu", config.kernels)
+        except (ValueError, BuildError) as error:
+            raise ConfigError(" ".join(str(error).split())) from error
+        self.model = LlamaModel(
+            files, self.kernels, self._dtype, self.max_model_len, int8=config.quantization == "int8"
+        )
         self.num_blocks = _pool_blocks(config, self.layout, self.max_model_len)
         shape = pool_shape(
             self.num_blocks, model.num_kv_heads, model.num_layers, config.block_tokens, model.head_dim
@@ -115,6 +123,11 @@ class Runner:
         sequence.prompt_logprobs += [
             token_logprobs(logits[r], sequence.tokens[start + r + 1], top) for r in range(wanted)
         ]
+
+
+def _weights_name(files: ModelFiles, quantization: str | None) -> str:
+    """Names the weights that are computed with: KV of rounded weights must not meet that of others."""
+    return files.digest() if quantization is None else f"{files.digest()}|{quantization}"
 
 
 def _batch(ordered: SequenceOf[Scheduled], block_tokens: int) -> tuple[Tensor, AttentionBatch]:

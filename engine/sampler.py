@@ -109,7 +109,7 @@ def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
     weights = torch.softmax(logits.masked_fill(logits < floor.unsqueeze(1), float("-inf")), dim=-1)
     cumulative = weights.double().cumsum(dim=-1)
     points = torch.tensor(
-        [uniform(s.params.seed or 0, s.num_generated) for s in (sequences[i] for i in rows)],
+        [uniform(s.seed, s.num_generated) for s in (sequences[i] for i in rows)],
         dtype=torch.float64,
     ).to(logits.device)
     targets = (points * cumulative[:, -1]).unsqueeze(1)

@@ -7,6 +7,7 @@ is the work that is left before the next token can be sampled; 1 is a decode ste
 from __future__ import annotations
 
 import enum
+import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
@@ -78,8 +79,10 @@ class Sequence:
     first_step: float | None = None
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)  # of generated tokens, for penalties
+    seed: int = 0  # of the random numbers; drawn here if the request has none
 
     def __post_init__(self) -> None:
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
         self.counts.update(self.tokens[self.num_prompt :])
 
     @classmethod

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.model_config import ModelConfig, from_gguf, from_hf
@@ -54,7 +55,7 @@ def open_model(path: Path) -> ModelFiles:
     """Raises ConfigError if the files are not those of a model that can be served."""
     try:
         return GgufFile(path) if path.is_file() else SafetensorsDirectory(path)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
         raise ConfigError(f"{path} can't be read as a model: {error!r}") from error
 
 

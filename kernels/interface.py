@@ -38,7 +38,8 @@ class Linear(Protocol):
     """A linear layer whose weight was packed for the backend once."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x [T, K]`` -> ``[T, N]`` of the same dtype: ``x @ weight.T + bias``, accumulated in float32."""
+        """``x [T, K]`` -> ``[T, N]``: ``x @ weight.T + bias``, accumulated in float32, rounded once to the dtype
+        that it was packed for."""
         ...
 
 
@@ -47,8 +48,21 @@ class Kernels(Protocol):
 
     name: str
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """``weight [N, K]``, ``bias [N]``. The backend may keep its own copy; the caller drops its own."""
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
+        """``weight [N, K]``, ``bias [N]``; results in ``out_dtype``, by default the weight's dtype. The backend may
+        keep its own copy; the caller drops its own."""
+        ...
+
+    def pack_linear_int8(
+        self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> Linear:
+        """As pack_linear, with the weight rounded to int8, symmetric, one scale per output. Activations keep
+        ``weight``'s dtype or more."""
+        ...
+
+    def pack_gate_up(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
+        """``weight [2 * I, K]``, gates first, ``bias [2 * I]``. The layer gives ``silu(gate) * up``, ``[T, I]``, as
+        silu_mul after pack_linear (``int8``: pack_linear_int8) would, with one rounding less or more."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

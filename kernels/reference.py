@@ -6,6 +6,8 @@ backends avoid. Invariant: never writes outside the slots that the batch names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,20 +16,53 @@ from kernels.interface import AttentionBatch, Linear
 
 
 class TorchLinear:
-    """``F.linear`` on the weight as it is."""
+    """``F.linear`` in the weight's dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class TorchLinearInt8:
+    """``(x @ weight.T) * scales + bias`` in float32, from int8 weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+        wide = weight.float()
+        self.scales = wide.abs().amax(1) / 127  # [N]
+        self.weight = (wide / self.scales.clamp(min=1e-30).unsqueeze(1)).round().to(torch.int8)
+        self.bias, self.out_dtype = bias, out_dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = F.linear(x.float(), self.weight.float()) * self.scales
+        return (y if self.bias is None else y + self.bias.float()).to(self.out_dtype)
+
+
+class GateUp:
+    """A linear layer of gates over ups, then the activation."""
+
+    def __init__(self, gate_up: Linear, silu_mul: Callable[[Tensor], Tensor]) -> None:
+        self._gate_up, self._silu_mul = gate_up, silu_mul
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._silu_mul(self._gate_up(x))
 
 
 class ReferenceKernels:
     name = "reference"
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return TorchLinear(weight, bias)
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
+        dtype = out_dtype or weight.dtype
+        return TorchLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def pack_linear_int8(
+        self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> Linear:
+        return TorchLinearInt8(weight, bias, out_dtype or weight.dtype)
+
+    def pack_gate_up(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
+        return GateUp((self.pack_linear_int8 if int8 else self.pack_linear)(weight, bias), self.silu_mul)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc.aio
@@ -29,6 +29,8 @@ from splitserve.wire import token_to_proto
 from splitserve.worker import not_joined
 
 log = logging.getLogger(__name__)
+
+_TOUCH_SECONDS = 1.0
 
 
 class PrefillRole(worker_pb2_grpc.PrefillServicer):
@@ -113,7 +115,11 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
                             "prefilled", extra={"tokens": len(work.tokens), "cached": output.cached_tokens}
                         )
                         yield self._done(output)
-            await publication.released()
+            while publication.release_reason is None:
+                publication.touch()  # the router, which waits here, is alive
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_TOUCH_SECONDS):
+                        await publication.released()
         finally:
             publication.fail("the router has let go of the request")
 

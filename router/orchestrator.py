@@ -62,9 +62,15 @@ class Orchestrator:
         given: list[int] = []
         excluded: set[str] = set()
         retries = 0
+        last: LegFailed | None = None
         while True:
             sequence = _sequence(request, spec, given)
-            plan = await self._planner.plan(request, spec, sequence.tokens, excluded)
+            try:
+                plan = await self._planner.plan(request, spec, sequence.tokens, excluded)
+            except SplitServeError as error:
+                if last is None:
+                    raise
+                raise last.error from error  # that no other worker is left says less than why this one failed
             try:
                 async with aclosing(self._attempt(plan, request, sequence, logger)) as chunks:
                     async for chunk in chunks:
@@ -72,7 +78,7 @@ class Orchestrator:
                         yield chunk
                 return
             except LegFailed as failure:
-                retries += 1
+                retries, last = retries + 1, failure
                 self._note(failure, excluded)
                 if retries > self._max_retries:
                     raise failure.error from failure

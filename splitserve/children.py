@@ -1,7 +1,7 @@
 """Processes of a local cluster, started and ended by one parent.
 
-A child says that it is ready, and where it can be reached, by one JSON line on a pipe that it inherits, so
-nobody polls. Owns the processes; knows their configurations only as something to pass on.
+A child says that it is ready and where it can be reached, or why it could not start, by one JSON line on a pipe
+that it inherits, so nobody polls. Owns the processes; knows their configurations only as something to pass on.
 Invariant: leaving the block leaves no process behind.
 """
 
@@ -20,7 +20,7 @@ from typing import Self
 
 from splitserve.config import RouterConfig, WorkerConfig
 from splitserve.errors import ConfigError
-from splitserve.process import config_to_json
+from splitserve.process import config_to_json, tell_parent
 
 _KILL_AFTER = 5.0  # seconds behind the child's own drain timeout
 _MODULES = {"prefill": "prefill_service", "decode": "decode_service"}
@@ -79,8 +79,9 @@ class Child:
         )
 
     async def ready(self, timeout: float) -> Mapping[str, str]:
-        """Waits until the process serves; its addresses. Raises ConfigError if it ends or takes too long."""
-        assert self._pipe is not None
+        """Waits until the process serves; its addresses. Raises ConfigError, with the child's own words where it
+        had any, if it ends or takes too long."""
+        assert self._pipe is not None and self._transport is not None
         try:
             async with asyncio.timeout(timeout):
                 line = await self._pipe.readline()
@@ -90,7 +91,11 @@ class Child:
             code = await self.wait()
             where = "" if self.log_path is None else f"; see {self.log_path}"
             raise ConfigError(f"{self.name} ended with exit code {code} before it was ready{where}")
-        self.addresses = json.loads(line)
+        self._transport.close()  # from now on it tells its own stderr what goes wrong
+        message = json.loads(line)
+        if "error" in message:
+            raise ConfigError(f"{self.name}: {message['error']}")
+        self.addresses = message
         return self.addresses
 
     async def wait(self) -> int:
@@ -130,5 +135,4 @@ class Child:
 def tell_ready(ready_fd: int | None, addresses: Mapping[str, str]) -> None:
     """The child's side: tells the parent, if there is one that asked, that it serves at ``addresses``."""
     if ready_fd is not None:
-        with os.fdopen(ready_fd, "w") as pipe:
-            pipe.write(json.dumps(dict(addresses)) + "\n")
+        tell_parent(ready_fd, addresses)

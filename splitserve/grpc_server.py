@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -106,6 +107,7 @@ class GrpcServer:
     async def start(self) -> int:
         """Binds and serves, every service NOT_SERVING until ``ready``. Returns the port."""
         assert self._server is None, "already started"
+        _check_free(self._host, self._port)
         server = grpc.aio.server(
             interceptors=[ErrorInterceptor()],
             options=SERVER_OPTIONS,
@@ -156,6 +158,15 @@ class GrpcServer:
         for service in self._services:
             await self._health.set(service, serving if service in self._ready else not_serving)
         await self._health.set("", serving if self._ready.issuperset(self._services) else not_serving)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ConfigError when ``port`` can't be bound: gRPC would also say so, in its own words, on stderr."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), port), family=family).close()
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {_join(host, port)}: {error.strerror}") from error
 
 
 async def check_health(address: str, service: str = "", timeout: float = 2.0) -> bool:

@@ -6,6 +6,8 @@ Invariant: every label value comes from a bounded set (models, roles, reasons), 
 
 from __future__ import annotations
 
+import asyncio
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
 NAMESPACE = "splitserve"
@@ -26,11 +28,22 @@ TRANSFER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.
 
 
 def new_registry() -> CollectorRegistry:
-    """A registry that also reports the process's memory, CPU time, file descriptors and garbage collections."""
+    """A registry that also reports the process: memory, CPU time, file descriptors, garbage collections, tasks.
+
+    It is to be read on the event loop."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
+    tasks = Gauge("asyncio_tasks", "Tasks of the event loop.", namespace=NAMESPACE, registry=registry)
+    tasks.set_function(_count_tasks)
     return registry
+
+
+def _count_tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # not on an event loop
+        return 0
 
 
 class RouterMetrics:

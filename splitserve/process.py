@@ -1,7 +1,7 @@
 """How a process begins and ends, whatever it serves: configuration in, exit code out.
 
 A parent passes the configuration as one JSON argument. Invariant: a wrong configuration gives one line on
-stderr and exit code 1, never a traceback.
+stderr (or for the parent that waits to hear it) and exit code 1, never a traceback.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import uvloop
 
@@ -45,16 +45,49 @@ def config_from_json(kind: type[_Config], text: str) -> _Config:
 def run_process(kind: type[_Config], serve: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
     """Runs ``serve`` with the configuration in ``argv[1]`` on the process's cores, and exits."""
     config = config_from_json(kind, sys.argv[1])
-    if isinstance(config, WorkerConfig) and config.cores:
-        os.sched_setaffinity(0, config.cores)
     if config.ready_fd is not None:
         end_with_parent()
     try:
+        if isinstance(config, WorkerConfig) and config.cores:
+            _run_on(config.cores)
         uvloop.run(serve(config))
-    except (ConfigError, Unavailable) as error:  # Unavailable: Redis went away during the start
-        sys.exit(f"splitserve: {error}")
+    except (ConfigError, Unavailable, ExceptionGroup) as error:  # Unavailable: Redis went away during the start
+        _end_with(_reason(error), config.ready_fd)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _reason(error: Exception) -> str:
+    """In one line. Raises ``error`` again if it, or what a task group gathered, is more than a wrong start."""
+    if isinstance(error, ExceptionGroup):
+        return "; ".join(dict.fromkeys(_reason(each) for each in error.exceptions))
+    if not isinstance(error, ConfigError | Unavailable):
+        raise error
+    return error.message
+
+
+def _end_with(reason: str, ready_fd: int | None) -> NoReturn:
+    try:
+        if ready_fd is not None:
+            tell_parent(ready_fd, {"error": reason})
+            sys.exit(1)
+    except BrokenPipeError:
+        pass  # the parent has stopped listening: it knows this process as one that serves
+    sys.exit(f"splitserve: {reason}")
+
+
+def tell_parent(ready_fd: int, message: Mapping[str, str]) -> None:
+    """One line on the pipe to the parent. It stays open here: the parent closes its end when it has heard enough,
+    and then BrokenPipeError is raised."""
+    os.write(ready_fd, json.dumps(dict(message)).encode() + b"\n")
+
+
+def _run_on(cores: Collection[int]) -> None:
+    try:
+        os.sched_setaffinity(0, cores)
+    except (OSError, ValueError, OverflowError) as error:
+        allowed = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+        raise ConfigError(f"cannot run on cores {', '.join(map(str, cores))}: there are {allowed}") from error
 
 
 def stop_event() -> asyncio.Event:

@@ -25,21 +25,25 @@ class _Layer:
     k_norm: Tensor | None
     output: Linear
     mlp_norm: Tensor
-    gate_up: Linear
+    gate_up: Linear  # with the activation
     down: Linear
 
 
 class LlamaModel:
     """The weights of one model, packed for one kernel backend."""
 
-    def __init__(self, files: ModelFiles, kernels: Kernels, dtype: torch.dtype, max_len: int) -> None:
+    def __init__(
+        self, files: ModelFiles, kernels: Kernels, dtype: torch.dtype, max_len: int, *, int8: bool = False
+    ) -> None:
+        """``int8``: the weights of all linear layers are rounded to int8; embeddings and norms are not."""
         self.config = config = files.config
         self._kernels = kernels
         self._embedding = files.tensor("model.embed_tokens.weight", dtype)
-        self._layers = [_load_layer(files, kernels, dtype, i) for i in range(config.num_layers)]
+        self._layers = [_load_layer(files, kernels, dtype, i, int8) for i in range(config.num_layers)]
         self._norm = files.tensor("model.norm.weight", dtype)
         head = self._embedding if config.tied_embeddings else files.tensor("lm_head.weight", dtype)
-        self._head = kernels.pack_linear(head, None)
+        pack = kernels.pack_linear_int8 if int8 else kernels.pack_linear
+        self._head = pack(head, None, torch.float32)  # rounded to bfloat16, near logits would become equal
         factors = files.optional("rope_factors", torch.float32)
         self._cos_sin = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, max_len, factors)
 
@@ -57,13 +61,13 @@ class LlamaModel:
             kernels.rope_kv_write(q, k, v, self._cos_sin, kv, i, batch)
             attended = kernels.paged_attention(q, kv, i, batch, scale)
             hidden = kernels.add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
-            mlp = layer.down(kernels.silu_mul(layer.gate_up(hidden)))
+            mlp = layer.down(layer.gate_up(hidden))
             following = self._layers[i + 1].input_norm if i + 1 < len(self._layers) else self._norm
             hidden = kernels.add_rms_norm(mlp, residual, following, eps)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[rows, hidden]`` -> ``[rows, vocab]``."""
+        """``[rows, hidden]`` -> ``[rows, vocab]`` float32."""
         return self._head(hidden)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,25 +78,27 @@ class LlamaModel:
         return rows[:, : c.num_heads], rows[:, c.num_heads : first_v], rows[:, first_v:]
 
 
-def _load_layer(files: ModelFiles, kernels: Kernels, dtype: torch.dtype, index: int) -> _Layer:
+def _load_layer(files: ModelFiles, kernels: Kernels, dtype: torch.dtype, index: int, int8: bool) -> _Layer:
     prefix = f"model.layers.{index}."
     config = files.config
 
-    def linear(bias: bool, *names: str) -> Linear:
+    pack = kernels.pack_linear_int8 if int8 else kernels.pack_linear
+
+    def stacked(bias: bool, *names: str) -> tuple[Tensor, Tensor | None]:
         weights = [files.tensor(f"{prefix}{name}.weight", dtype) for name in names]
         biases = [files.tensor(f"{prefix}{name}.bias", dtype) for name in names] if bias else []
-        return kernels.pack_linear(torch.cat(weights), torch.cat(biases) if biases else None)
+        return torch.cat(weights), torch.cat(biases) if biases else None
 
     def norm(name: str) -> Tensor:
         return files.tensor(f"{prefix}{name}.weight", dtype)
 
     return _Layer(
         input_norm=norm("input_layernorm"),
-        qkv=linear(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        qkv=pack(*stacked(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
-        output=linear(config.output_bias, "self_attn.o_proj"),
+        output=pack(*stacked(config.output_bias, "self_attn.o_proj")),
         mlp_norm=norm("post_attention_layernorm"),
-        gate_up=linear(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
-        down=linear(config.mlp_bias, "mlp.down_proj"),
+        gate_up=kernels.pack_gate_up(*stacked(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"), int8=int8),
+        down=pack(*stacked(config.mlp_bias, "mlp.down_proj")),
     )

@@ -237,9 +237,11 @@ void attend(Method& method, const Tiles16<T>& tiles, const Batch& batch, const Q
   alignas(64) int32_t limit[kLanes];
   T* to[kLanes];
   uint32_t* memory = static_cast<uint32_t*>(
-      scratch(4, (size_t)(kLanes * 2 * head_dim + kStep * (2 * kWide + head_dim)) * sizeof(uint32_t)));
-  const Step step = {reinterpret_cast<float*>(memory), memory + kStep * kWide, memory + 2 * kStep * kWide};
-  memory += kStep * (2 * kWide + head_dim);
+      scratch(4, (size_t)(kLanes * 2 * head_dim + kStep * (4 * kWide + head_dim)) * sizeof(uint32_t)));
+  uint32_t* shared = memory + 4 * kStep * kWide;
+  const Step steps[2] = {{reinterpret_cast<float*>(memory), memory + kStep * kWide, shared},
+                         {reinterpret_cast<float*>(memory + 2 * kStep * kWide), memory + 3 * kStep * kWide, shared}};
+  memory += kStep * (4 * kWide + head_dim);
   for (int b = 0; b < blocks; b++) {
     float* o = reinterpret_cast<float*>(memory + (kLanes + b * kWide) * head_dim);
     block[b] = {memory + b * kWide * head_dim, o, max + b * kWide, sum + b * kWide, limit + b * kWide, 0};
@@ -259,13 +261,18 @@ void attend(Method& method, const Tiles16<T>& tiles, const Batch& batch, const Q
   const long last = block[blocks - 1].last;
   for (long token = 0; token <= last; token += kStep) {
     const int n = (int)(last + 1 - token < kStep ? last + 1 - token : kStep);
-    method.prepare(step, tiles, token, n);
-    for (int b = 0; b < blocks; b++) {
-      if (block[b].last < token) continue;
-      method.scores(block[b], step, tiles, token, n);
-      soften<E>(block[b], step, token, n, query.scale, head_dim);
-      method.values(block[b], step, tiles, token, n);
+    method.prepare(steps[0], tiles, token, n);
+    int b = 0;
+    while (block[b].last < token) b++;
+    // Products of the neighbouring blocks run beside the softmax of one.
+    const int begin = b;
+    method.scores(block[b], steps[b & 1], tiles, token, n);
+    for (; b < blocks; b++) {
+      if (b + 1 < blocks) method.scores(block[b + 1], steps[(b + 1) & 1], tiles, token, n);
+      if (b > begin) method.values(block[b - 1], steps[(b - 1) & 1], tiles, token, n);
+      soften<E>(block[b], steps[b & 1], token, n, query.scale, head_dim);
     }
+    method.values(block[blocks - 1], steps[(blocks - 1) & 1], tiles, token, n);
   }
   for (int b = 0; b < blocks; b++)
     write_out(block[b], count - b * kWide < kWide ? count - b * kWide : kWide, head_dim, to + b * kWide);

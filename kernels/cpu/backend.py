@@ -17,7 +17,7 @@ from kernels.cpu import linear
 from kernels.cpu.build import library, runnable_isas
 from kernels.cpu.library import Batch, Functions, KvPool, Library
 from kernels.interface import AttentionBatch, Linear
-from kernels.reference import ReferenceKernels
+from kernels.reference import GateUp, ReferenceKernels
 
 MAX_HEAD_DIM = 256
 
@@ -60,19 +60,28 @@ class CpuKernels:
         """Ends the threads; the kernels and their linear layers must not be called again."""
         self._close()
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        functions = self._functions.get(weight.dtype)
-        if functions is None or weight.device.type != "cpu" or weight.shape[1] % 2:
-            return self._reference.pack_linear(weight, bias)
-        return linear.pack(functions, self._pool, weight, bias)
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
+        functions = self._packing(weight, 2)
+        if functions is None or out_dtype not in (None, weight.dtype, torch.float32):
+            return self._reference.pack_linear(weight, bias, out_dtype)
+        return linear.pack(functions, self._pool, weight, bias, out_dtype)
 
-    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """As pack_linear, with the weight rounded to int8, one symmetric scale per output. Activations keep
-        ``weight``'s dtype."""
-        functions = self._functions.get(weight.dtype)
-        if functions is None or weight.device.type != "cpu" or weight.shape[1] % 4:
-            return self.pack_linear(weight, bias)
-        return linear.pack_int8(self._library, functions, self._pool, weight, bias)
+    def pack_linear_int8(
+        self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> Linear:
+        functions = self._packing(weight, 4)
+        if functions is None or out_dtype not in (None, weight.dtype, torch.float32):
+            return self._reference.pack_linear_int8(weight, bias, out_dtype)
+        return linear.pack_int8(self._library, functions, self._pool, weight, bias, out_dtype)
+
+    def pack_gate_up(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
+        functions = self._packing(weight, 4 if int8 else 2)
+        if functions is None or weight.shape[0] % (2 * linear.PANEL):
+            pack = self.pack_linear_int8 if int8 else self.pack_linear
+            return GateUp(pack(weight, bias), self.silu_mul)
+        if int8:
+            return linear.pack_int8(self._library, functions, self._pool, weight, bias, gated=True)
+        return linear.pack(functions, self._pool, weight, bias, gated=True)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         functions = self._covering(x, weight)
@@ -151,6 +160,11 @@ class CpuKernels:
     def read_memory(self, data: Tensor) -> None:
         """Reads a contiguous tensor on all threads and drops it: the limit that benchmarks compare with."""
         self._library.read_memory(self._pool, data.data_ptr(), data.numel() * data.element_size() // 8)
+
+    def _packing(self, weight: Tensor, multiple: int) -> Functions | None:
+        """What packs this weight, whose rows must be so even; None where the library does not cover it."""
+        covered = weight.device.type == "cpu" and weight.shape[1] % multiple == 0
+        return self._functions.get(weight.dtype) if covered else None
 
     def _covering(self, x: Tensor, other: Tensor) -> Functions | None:
         return self._functions.get(x.dtype) if x.dtype is other.dtype else None

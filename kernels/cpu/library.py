@@ -55,13 +55,16 @@ class PackedLinear(ctypes.Structure):
         ("scales", c_void_p),
         ("n", c_int64),
         ("k", c_int64),
+        ("gated", c_int64),
     )
 
 
 _ATTENTION = (c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_long, c_float, c_void_p)
 _SIGNATURES = {  # pool first, as everywhere
     "linear": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p),
+    "linear_wide": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p),
     "linear_int8": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p),
+    "linear_int8_wide": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p),
     "rms_norm": (
         c_void_p, c_void_p, c_long, c_long, c_long, c_void_p, c_float, c_long, c_long, c_void_p,
     ),
@@ -82,7 +85,9 @@ class Functions:
 
     pack: Call
     linear: Call
+    linear_wide: Call  # results in float32
     linear_int8: Call
+    linear_int8_wide: Call
     rms_norm: Call
     add_rms_norm: Call
     silu_mul: Call
@@ -98,16 +103,17 @@ class Library:
         self._dll = ctypes.CDLL(str(path))
         if self._dll.ss_prepare() != 0:
             raise OSError(f"{path.name}: the system does not grant the instructions that it needs")
+        self._bind("ss_keep_memory", ())()
         self.pool_create = self._bind("ss_pool_create", (c_int,), c_void_p)
         self.pool_destroy = self._bind("ss_pool_destroy", (c_void_p,))
         self.read_memory = self._bind("ss_read_memory", (c_void_p, c_void_p, c_long), c_uint64)
-        self.pack_int8 = self._bind("ss_pack_int8", (c_void_p, c_long, c_long, c_void_p, c_void_p))
+        self.pack_int8 = self._bind("ss_pack_int8", (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p))
         self.float32 = self._functions("f32")
         self.bfloat16 = self._functions("bf16")
 
     def _functions(self, suffix: str) -> Functions:
         bound = {name: self._bind(f"ss_{name}_{suffix}", types) for name, types in _SIGNATURES.items()}
-        pack = self._bind(f"ss_pack_{suffix}", (c_void_p, c_long, c_long, c_void_p))
+        pack = self._bind(f"ss_pack_{suffix}", (c_void_p, c_long, c_long, c_long, c_void_p))
         return Functions(pack=pack, **bound)
 
     def _bind(self, name: str, arguments: tuple[Any, ...], result: Any = None) -> Call:

@@ -1,23 +1,10 @@
-// Linear layers over packed panels: the part that bfloat16, float32 and int8 weights share.
-//
-// A panel is 32 outputs, [K / per_dword][32] dwords. One dword is a float or two bfloat16 neighbours in K, so one
-// layout serves rows from 1 to thousands, and every instruction set. Without tiles the sum over K has one order,
-// whatever the number of rows: a row's result depends on nothing but that row.
+// Rows by packed panels, for bfloat16, float32 and widened int8 weights, and how that is dealt to threads.
 #pragma once
 
-#include "amx.h"
-#include "pool.h"
-#include "simd.h"
+#include "linear_layer.h"
+#include "linear_tiles.h"
 
-constexpr int kPanel = 32;       // output columns that are packed, and computed, together
 constexpr long kItemRows = 256;  // rows of a work item
-
-struct PackedLinear {  // mirrored by kernels/cpu/library.py
-  const void* weight;   // panels
-  const void* bias;     // [n] of the activations' type, or null
-  const float* scales;  // [n] of int8 weights, or null
-  int64_t n, k;
-};
 
 // Panels that one work item computes: what stays in the second-level cache when many blocks of rows pass over
 // them, and few enough to balance the threads.
@@ -26,26 +13,6 @@ static inline long panels_per_item(long panels, long panel_bytes, long rows, int
   long items = threads == 1 ? 1 : threads * 4;
   if (rows > 32 && panels * panel_bytes > items * kMost) items = (panels * panel_bytes + kMost - 1) / kMost;
   return items < panels ? (panels + items - 1) / items : 1;
-}
-
-// out[rows][n], columns of one panel, from c[rows][kPanel].
-template <class T>
-static inline void finish(const float* c, const PackedLinear& layer, long panel, T* out, int rows) {
-  const T* bias = static_cast<const T*>(layer.bias);
-  const long first = panel * kPanel, columns = layer.n - first < kPanel ? layer.n - first : kPanel;
-  for (int r = 0; r < rows; r++, c += kPanel, out += layer.n) {
-    long j = 0;
-    for (; j + W <= columns; j += W) {
-      VF v = load(c + j);
-      if (layer.scales) v *= load(layer.scales + first + j);
-      if (bias) v += load(bias + first + j);
-      store(out + first + j, v);
-    }
-    for (; j < columns; j++) {
-      const float v = layer.scales ? c[j] * layer.scales[first + j] : c[j];
-      from_float(bias ? v + to_float(bias[first + j]) : v, out + first + j);
-    }
-  }
 }
 
 template <class E>
@@ -59,37 +26,44 @@ static inline void multiply_panel(int rows, const uint32_t* x, long x_row, const
 }
 
 // Panels [first, last), which lie at `panels`, for rows [0, rows) of x: a block of rows stays in the first-level
-// cache while the panels pass by it.
-template <class E, class T = typename E::Element>
+// cache while the panels pass by it. `first` is even if the layer is gated.
+template <class E, class Out, class T = typename E::Element>
 static void multiply_panels(const PackedLinear& layer, const uint32_t* panels, long first, long last, const T* x,
-                            long x_row, long rows, T* out) {
+                            long x_row, long rows, Out* out) {
   const long units = layer.k / E::per_dword, size = units * kPanel, x_dwords = x_row / E::per_dword;
+  const long width = out_width(layer);
 #if defined(SS_AMX)
   if constexpr (E::per_dword == 2) {
+    if (layer.k % 32 == 0 && rows > kTileRows) return multiply_tiles(layer, panels, first, last, x, x_row, rows, out);
     if (layer.k % 32 == 0) {
-      alignas(64) float c[32 * kPanel];
+      alignas(64) float sums[2][32 * kPanel];
       Tiles tiles;
-      for (long r = 0; r < rows; r += 32, x += 32 * x_row, out += 32 * layer.n) {
-        const int count = (int)(rows - r < 32 ? rows - r : 32);
-        const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
-        tiles.set_rows(count);
-        for (long p = first; p < last; p++) {
-          tiles.multiply<true>(a, a + 16 * x_dwords, x_dwords, panels + (p - first) * size, kPanel, c, kPanel, units,
-                               false);
-          finish(c, layer, p, out, count);
-        }
+      tiles.set_rows((int)rows);
+      const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
+      for (long p = first; p < last; p++) {
+        float* c = sums[p & 1];
+        tiles.multiply<true>(a, a + 16 * x_dwords, x_dwords, panels + (p - first) * size, kPanel, c, kPanel, units,
+                             false);
+        if (!layer.gated)
+          finish<T>(c, layer, p, out, (int)rows);
+        else if (p & 1)
+          finish_gated<T>(sums[0], c, layer, p, out, (int)rows);
       }
       return;
     }
   }
 #endif
-  alignas(64) float c[kRows * kPanel];
+  alignas(64) float sums[2][kRows * kPanel];
   const long blocks = (rows + kRows - 1) / kRows, most = (rows + blocks - 1) / blocks;
-  for (long r = 0; r < rows; r += most, x += most * x_row, out += most * layer.n) {
+  for (long r = 0; r < rows; r += most, x += most * x_row, out += most * width) {
     const int count = (int)(rows - r < most ? rows - r : most);
     for (long p = first; p < last; p++) {
+      float* c = sums[p & 1];
       multiply_panel<E>(count, reinterpret_cast<const uint32_t*>(x), x_dwords, panels + (p - first) * size, c, units);
-      finish(c, layer, p, out, count);
+      if (!layer.gated)
+        finish<T>(c, layer, p, out, count);
+      else if (p & 1)
+        finish_gated<T>(sums[0], c, layer, p, out, count);
     }
   }
 }
@@ -98,7 +72,8 @@ static void multiply_panels(const PackedLinear& layer, const uint32_t* panels, l
 template <class F>
 static inline void over_panels(Pool* pool, const PackedLinear& layer, long panel_bytes, long rows, F&& f) {
   const long panels = (layer.n + kPanel - 1) / kPanel, spans = (rows + kItemRows - 1) / kItemRows;
-  const long group = panels_per_item(panels, panel_bytes, rows, pool_threads(pool));
+  long group = panels_per_item(panels, panel_bytes, rows, pool_threads(pool));
+  if (layer.gated) group += group & 1;
   parallel_for(pool, (panels + group - 1) / group * spans, [&](long item) {
     const long row = item % spans * kItemRows, first = item / spans * group;
     const long last = first + group < panels ? first + group : panels;

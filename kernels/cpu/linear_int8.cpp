@@ -27,17 +27,17 @@ void widen(const uint32_t* panel, long quads, uint32_t* to) {
     }
 }
 
-template <class E, class T = typename E::Element>
-void linear_wide(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, T* out) {
+template <class E, class Out, class T = typename E::Element>
+void linear_widened(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, Out* out) {
   const long quads = layer.k / 4, size = layer.k / E::per_dword * kPanel;
   over_panels(pool, layer, size * 4, rows, [&](long first, long last, long row, long count) {
     // With few rows a panel is used once, while it is in the first-level cache.
-    const long step = rows <= 32 ? 1 : last - first;
+    const long step = rows <= 32 ? 1 + layer.gated : last - first;
     uint32_t* wide = static_cast<uint32_t*>(scratch(5, (size_t)(step * size) * 4 + 16384));
     for (long p = first; p < last; p += step) {
       for (long i = 0; i < step; i++)
         widen<E>(static_cast<const uint32_t*>(layer.weight) + (p + i) * quads * kPanel, quads, wide + i * size);
-      multiply_panels<E>(layer, wide, p, p + step, x + row * x_row, x_row, count, out + row * layer.n);
+      multiply_panels<E>(layer, wide, p, p + step, x + row * x_row, x_row, count, out + row * out_width(layer));
     }
   });
 }
@@ -86,92 +86,125 @@ void split(const T* x, long x_row, long rows, long k, Digits& digits) {
   }
 }
 
-// Results of a panel from the sums [count][kPanel] of digit rows [first, first + count).
-template <class T>
-void join(const PackedLinear& layer, long panel, const Digits& digits, long first, int count, const float* c, T* out) {
-  alignas(64) float y[kPanel];
-  for (int i = 0; i < count; i += 2, c += 2 * kPanel) {
-    const long row = (first + i) / 2;
-    for (int j = 0; j < kPanel; j += W) {
-      const VI high = (VI)load(c + j) - digits.offset[first + i];
-      const VI low = (VI)load(c + kPanel + j) - digits.offset[first + i + 1];
-      const VF sum = __builtin_convertvector(high, VF) * 128.0f + __builtin_convertvector(low, VF);
-      store(y + j, sum * digits.unit[row]);
-    }
-    finish(y, layer, panel, out + row * layer.n, 1);
+// A row's sums over a panel from those of its digits, [2][kPanel], digit row `first` and the next.
+static inline void join(const Digits& digits, long first, const float* c, float* y) {
+  for (int j = 0; j < kPanel; j += W) {
+    const VI high = (VI)load(c + j) - digits.offset[first];
+    const VI low = (VI)load(c + kPanel + j) - digits.offset[first + 1];
+    const VF sum = __builtin_convertvector(high, VF) * 128.0f + __builtin_convertvector(low, VF);
+    store(y + j, sum * digits.unit[first / 2]);
   }
 }
 
-template <class T>
-void linear_digits(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, T* out) {
-  const long quads = layer.k / 4;
+// Results of a panel, or a pair of panels up to `panel`, from the sums of digit rows [first, first + count).
+template <class T, class Out>
+void join_rows(const PackedLinear& layer, long panel, const Digits& digits, long first, int count,
+               const float* const* sums, Out* out) {
+  alignas(64) float y[2][kPanel];
+  out += first / 2 * out_width(layer);
+  for (int i = 0; i < count; i += 2, out += out_width(layer)) {
+    for (int h = 0; h <= layer.gated; h++) join(digits, first + i, sums[h] + i * kPanel, y[h]);
+    if (layer.gated)
+      finish_gated<T>(y[0], y[1], layer, panel, out, 1);
+    else
+      finish<T>(y[0], layer, panel, out, 1);
+  }
+}
+
+template <class T, class Out>
+void linear_digits(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, Out* out) {
+  const long quads = layer.k / 4, width = 1 + layer.gated;  // panels that are finished together
   Digits digits;
   digits.values = static_cast<int8_t*>(scratch(6, (size_t)(2 * rows * layer.k)));
   split(x, x_row, rows, layer.k, digits);
   const uint32_t* a = reinterpret_cast<const uint32_t*>(digits.values);
   over_panels(pool, layer, quads * kPanel * 4, rows, [&](long first, long last, long, long) {
-    alignas(64) float c[32 * kPanel];
+    alignas(64) float c[2][32 * kPanel];
+    const float* sums[2] = {c[0], c[1]};
+    const auto panel = [&](long p) { return static_cast<const uint32_t*>(layer.weight) + p * quads * kPanel; };
 #if defined(SS_AMX)
     if (layer.k % 64 == 0) {
       Tiles tiles;
       for (long r = 0; r < 2 * rows; r += 32) {
         const int count = (int)(2 * rows - r < 32 ? 2 * rows - r : 32);
+        const uint32_t* rows_a = a + r * quads;
         tiles.set_rows(count);
-        for (long p = first; p < last; p++) {
-          const uint32_t* b = static_cast<const uint32_t*>(layer.weight) + p * quads * kPanel;
-          const uint32_t* rows_a = a + r * quads;
-          tiles.multiply<true, true>(rows_a, rows_a + 16 * quads, quads, b, kPanel, c, kPanel, quads, false);
-          join(layer, p, digits, r, count, c, out);
+        for (long p = first; p < last; p += width) {
+          for (int h = 0; h < width; h++)
+            tiles.multiply<true, true>(rows_a, rows_a + 16 * quads, quads, panel(p + h), kPanel, c[h], kPanel, quads,
+                                       false);
+          join_rows<T>(layer, p + width - 1, digits, r, count, sums, out);
         }
       }
       return;
     }
 #endif
-    for (long p = first; p < last; p++) {
-      const uint32_t* b = static_cast<const uint32_t*>(layer.weight) + p * quads * kPanel;
+    for (long p = first; p < last; p += width)
       for (long r = 0; r < 2 * rows; r += kRows) {
         const int count = (int)(2 * rows - r < kRows ? 2 * rows - r : kRows);
-        multiply_rows<Int8, 2, true>(count, a + r * quads, quads, 1, b, kPanel, c, kPanel, quads, false);
-        join(layer, p, digits, r, count, c, out);
+        for (int h = 0; h < width; h++)
+          multiply_rows<Int8, 2, true>(count, a + r * quads, quads, 1, panel(p + h), kPanel, c[h], kPanel, quads,
+                                       false);
+        join_rows<T>(layer, p + width - 1, digits, r, count, sums, out);
       }
-    }
   });
 }
 
 #endif
 
-template <class E, class T = typename E::Element>
-void linear_int8(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, T* out) {
+template <class E, class Out, class T = typename E::Element>
+void linear_int8(Pool* pool, const PackedLinear& layer, const T* x, long x_row, long rows, Out* out) {
 #if defined(__AVX512VNNI__)
   if (rows <= kDigitRows && layer.k <= kMostK) return linear_digits(pool, layer, x, x_row, rows, out);
 #endif
-  linear_wide<E>(pool, layer, x, x_row, rows, out);
+  linear_widened<E>(pool, layer, x, x_row, rows, out);
 }
 
 }  // namespace
 
 extern "C" {
 
-// weight [n][k] float32, k % 4 == 0 -> panels (n rounded up to 32, times k bytes) and scales [n].
-void ss_pack_int8(const float* weight, long n, long k, uint8_t* packed, float* scales) {
-  for (long j = 0; j < n; j++) {
-    float most = 0;
-    for (long i = 0; i < k; i++) most = std::fmax(most, std::fabs(weight[j * k + i]));
-    scales[j] = most / 127.0f;
-  }
-  for (long first = 0; first < n; first += kPanel)
-    for (long u = 0; u < k; u += 4)
-      for (long j = first; j < first + kPanel; j++)
-        for (long i = u; i < u + 4; i++) {
-          const bool present = j < n && scales[j] > 0;
-          *packed++ = present ? (uint8_t)(128 + std::lrint(weight[j * k + i] / scales[j])) : 128;
+// weight [n][k] float32, k % 4 == 0 -> panels (n rounded up to 32, times k bytes) and scales [n], in the order of
+// the panels' columns. gated: see PackedLinear; n is a multiple of 64.
+void ss_pack_int8(const float* weight, long n, long k, long gated, uint8_t* packed, float* scales) {
+  for (long panel = 0; panel * kPanel < n; panel++, packed += kPanel * k) {
+    const float* rows = weight + source_row(panel, n, gated) * k;
+    for (long j = 0; j < kPanel; j++) {
+      uint8_t* to = packed + j * 4;
+      if (panel * kPanel + j >= n) {
+        for (long u = 0; u < k; u += 4) std::memset(to + u * kPanel, 128, 4);
+        continue;
+      }
+      const float* row = rows + j * k;
+      float most = 0;
+      for (long i = 0; i < k; i++) {
+        const float magnitude = std::fabs(row[i]);
+        most = magnitude > most ? magnitude : most;
+      }
+      const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+      scales[panel * kPanel + j] = scale;
+      for (long u = 0; u < k; u += 4)
+        for (long i = 0; i < 4; i++) {
+          const float q = row[u + i] * inverse;
+          to[u * kPanel + i] = (uint8_t)(128 + (int)(q + (q < 0 ? -0.5f : 0.5f)));
         }
+    }
+  }
 }
 
+// As ss_linear of the same suffix.
 void ss_linear_int8_f32(Pool* pool, const PackedLinear* layer, const float* x, long x_row, long rows, float* out) {
   linear_int8<Float32>(pool, *layer, x, x_row, rows, out);
 }
 void ss_linear_int8_bf16(Pool* pool, const PackedLinear* layer, const bf16* x, long x_row, long rows, bf16* out) {
+  linear_int8<Bfloat16>(pool, *layer, x, x_row, rows, out);
+}
+void ss_linear_int8_wide_f32(Pool* pool, const PackedLinear* layer, const float* x, long x_row, long rows,
+                             float* out) {
+  linear_int8<Float32>(pool, *layer, x, x_row, rows, out);
+}
+void ss_linear_int8_wide_bf16(Pool* pool, const PackedLinear* layer, const bf16* x, long x_row, long rows,
+                              float* out) {
   linear_int8<Bfloat16>(pool, *layer, x, x_row, rows, out);
 }
 }

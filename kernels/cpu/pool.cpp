@@ -10,6 +10,10 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -117,6 +121,16 @@ int ss_prepare() {
 Pool* ss_pool_create(int threads) { return threads > 1 ? new (std::nothrow) Pool(threads) : nullptr; }
 
 void ss_pool_destroy(Pool* pool) { delete pool; }
+
+// From now on the process keeps freed memory for its next allocations, up to 64 MiB at the end of a heap: results of
+// one layer lie where those of the last one did, and the system has no fresh pages to clear (a third of the time of
+// the small operations). Blocks above 32 MiB still come and go.
+void ss_keep_memory() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 64 << 20);
+#endif
+}
 
 // Sum of a buffer's bytes as 64-bit words, read by all threads: the machine's read bandwidth.
 uint64_t ss_read_memory(Pool* pool, const uint64_t* data, long words) {

@@ -55,10 +55,7 @@ template <class T>
 void silu_row(const T* gate, const T* up, long width, T* out) {
   long j = 0;
   for (; j + W <= width; j += W) {
-    const VF g = load(gate + j), magnitude = vmax(g, -g), e = vexp(-magnitude);
-    // 1 / (1 + e^-g), from the exponential of a number below 0 that can't overflow
-    const VF sigmoid = select(g < splat(0.0f), e, splat(1.0f)) / (1.0f + e);
-    store(out + j, g * sigmoid * load(up + j));
+    store(out + j, silu<sizeof(T) == 2>(load(gate + j)) * load(up + j));
   }
   for (; j < width; j++) {
     const float g = to_float(gate[j]);

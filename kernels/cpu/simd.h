@@ -160,6 +160,43 @@ static inline VF vexp(VF x) {
   return select(x < low, splat(0.0f), result);
 }
 
+// 2^x for x <= 0, good enough for a value that is rounded to bfloat16 (relative error 1e-4); below -126: 2^-126 or less.
+static inline VF vexp2_coarse(VF x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  const __m512 f = _mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); 0 of -inf
+  VF q = (VF)f * 0.0790209f + 0.22433845f;
+  q = q * (VF)f + 0.69664075f;
+  q = q * (VF)f + 0.99989300f;
+  return (VF)_mm512_scalef_ps((__m512)q, (__m512)x);  // * 2^floor(x)
+#else
+  const float magic = 12582912.0f;  // as in vexp
+  const VF clamped = vmax(x, splat(-126.0f));
+  const VF shifted = clamped + magic;
+  const VF f = clamped - (shifted - magic);
+  VF p = f * 0.05517166f + 0.24261112f;
+  p = p * f + 0.69326099f;
+  p = p * f + 0.99992807f;
+  return (VF)((VI)p + ((VI)shifted << 23));
+#endif
+}
+
+// x / (1 + e^-x), by the exponential of a number below 0, which can't overflow; kCoarse: as exact as bfloat16 is.
+template <bool kCoarse>
+static inline VF silu(VF x) {
+  const VF below = -vmax(x, -x);
+  if constexpr (kCoarse) {
+    const VF e = vexp2_coarse(below * 1.44269504f), top = select(x < splat(0.0f), e, splat(1.0f));
+#if defined(__AVX512F__)
+    return x * top * (VF)_mm512_rcp14_ps((__m512)(1.0f + e));
+#else
+    return x * top / (1.0f + e);
+#endif
+  } else {
+    const VF e = vexp(below);
+    return x * select(x < splat(0.0f), e, splat(1.0f)) / (1.0f + e);
+  }
+}
+
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // How a kernel multiplies dwords: `A` is one dword for all lanes, `B` a vector of dwords.
@@ -227,18 +264,6 @@ static inline void transpose_dwords(const uint32_t* const* src, uint32_t* dst, l
   for (int i = 0; i < W; i++)
     for (int j = 0; j < W; j++) dst[i * dst_row + j] = src[j][i];
 #endif
-}
-
-// 2^x for x <= 0, good enough for a value that is rounded to bfloat16 (relative error 1e-4); below -126: 2^-126.
-static inline VF vexp2_coarse(VF x) {
-  const float magic = 12582912.0f;  // as in vexp
-  const VF clamped = vmax(x, splat(-126.0f));
-  const VF shifted = clamped + magic;
-  const VF f = clamped - (shifted - magic);
-  VF p = f * 0.05517166f + 0.24261112f;
-  p = p * f + 0.69326099f;
-  p = p * f + 0.99992807f;
-  return (VF)((VI)p + ((VI)shifted << 23));
 }
 
 // c[R][NV * W] (+)= a[R][units] * b[units][NV * W], dwords by their own strides.

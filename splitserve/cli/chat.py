@@ -30,7 +30,11 @@ def chat(
     console = Console(highlight=False)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     settings = {"max_tokens": max_tokens, "temperature": temperature, "model": model}
-    with httpx.Client(base_url=url, timeout=_TIMEOUT) as client:
+    try:
+        opened = httpx.Client(base_url=url, timeout=_TIMEOUT)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url {url}: {error}") from error
+    with opened as client:
         while True:
             text = message or _ask(console)
             if not text:
@@ -80,12 +84,20 @@ def _answer(
     return "".join(pieces)
 
 
+def _refusal(response: httpx.Response) -> str:
+    """The server's own message, if it is one of ours."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.url} answered {response.status_code} {response.reason_phrase}: is that a router?"
+
+
 def _events(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The JSON of each server-sent event. Raises ConfigError with the server's own message."""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             response.read()
-            raise ConfigError(response.json()["error"]["message"])
+            raise ConfigError(_refusal(response))
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue

@@ -20,8 +20,10 @@ def _load_yaml(context: typer.Context, path: Path | None) -> Path | None:
         return None
     try:
         entries: Any = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ConfigError(f"{path} must map flags to values")
     known = {p.name for p in context.command.params}
@@ -30,6 +32,12 @@ def _load_yaml(context: typer.Context, path: Path | None) -> Path | None:
         raise ConfigError(f"{path} sets {', '.join(unknown)}, which this command does not have")
     context.default_map = {**(context.default_map or {}), **given}
     return path
+
+
+def _log_level(level: str) -> str:
+    if level not in _LOG_LEVELS:
+        raise ConfigError(f"--log-level must be one of {', '.join(_LOG_LEVELS)}, not {level}")
+    return level
 
 
 def _option(*names: str, help: str, **more: Any) -> Any:
@@ -46,6 +54,9 @@ ConfigFile = Annotated[
 Model = Annotated[str, _option("--model", help="Directory, .gguf file, hub id (owner/name) or alias (smollm2).")]
 ServedName = Annotated[str | None, _option("--served-model-name", help="Name that clients use. Default: --model.")]
 Dtype = Annotated[str, _option("--dtype", help="auto (bfloat16), bfloat16 or float32.")]
+Quantization = Annotated[
+    str | None, _option("--quantization", help="int8: weights rounded at load. Default: as --dtype.")
+]
 MaxModelLen = Annotated[
     int | None, _option("--max-model-len", help="Longest prompt plus answer, in tokens.", min=2)
 ]
@@ -76,7 +87,8 @@ Transports = Annotated[
     str | None, _option("--kv-transport", help="KV transports in order of preference, e.g. ucx,tcp.")
 ]
 MetricsPort = Annotated[
-    int, _option("--metrics-port", help="Port of /metrics, /live and /ready; 0: any free one.")
+    int,
+    _option("--metrics-port", help="Port of /metrics, /live and /ready; 0: any free one.", min=0, max=65535),
 ]
 WorkerId = Annotated[
     str | None, _option("--worker-id", help="Name in the directory. Default: role, host, process.")
@@ -84,26 +96,35 @@ WorkerId = Annotated[
 Cores = Annotated[
     str | None, _option("--cores", help="Cores to run on, such as 0-3 or 0,2. Default: all allowed.")
 ]
-MaxWaiting = Annotated[int, _option("--max-waiting", help="Requests that may wait on a worker before it refuses.")]
+MaxWaiting = Annotated[
+    int, _option("--max-waiting", help="Requests that may wait on a worker before it refuses.", min=1)
+]
 DrainTimeout = Annotated[
     float, _option("--drain-timeout", help="Seconds to finish open requests at the end.", min=0)
 ]
 DecodeOnlyTokens = Annotated[
     int, _option("--decode-only-tokens", help="Prompts with fewer uncached tokens skip the prefill worker.", min=0)
 ]
-RequestTimeout = Annotated[float, _option("--request-timeout", help="Longest time for one request, in seconds.")]
+RequestTimeout = Annotated[
+    float, _option("--request-timeout", help="Longest time for one request, in seconds.", min=0.001)
+]
 Port = Annotated[int, _option("--port", help="Port of the HTTP API; 0: any free one.", min=0, max=65535)]
-GrpcPort = Annotated[int, _option("--grpc-port", help="Port of the public gRPC API; 0: any free one.")]
+GrpcPort = Annotated[
+    int, _option("--grpc-port", help="Port of the public gRPC API; 0: any free one.", min=0, max=65535)
+]
 WorkerPort = Annotated[int, typer.Option("--port", help="gRPC port; 0: any free one.", min=0, max=65535)]
-LogLevel = Annotated[str, _option("--log-level", help="debug, info, warning or error.")]
+LogLevel = Annotated[str, _option("--log-level", help="debug, info, warning or error.", callback=_log_level)]
 LogJson = Annotated[bool, _option("--log-json/--no-log-json", help="One JSON object a line.")]
 
 # flags that mean the same as a field of WorkerConfig with this name
 _SAME = (
     "model", "redis_url", "served_model_name", "worker_id", "host", "advertise_host", "port", "metrics_port",
-    "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "kernels",
-    "max_waiting", "drain_timeout",
+    "dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching",
+    "kernels", "max_waiting", "drain_timeout",
 )  # fmt: skip
+_MOST_CORES = 4096
+_DTYPES = ("auto", "bfloat16", "float32")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -114,12 +135,12 @@ def parse_bytes(text: str | None) -> int | None:
     number = text.strip().upper().removesuffix("IB").removesuffix("B")
     unit = number[-1:] if number[-1:] in _UNITS else ""
     try:
-        size = float(number.removesuffix(unit)) * _UNITS[unit]
-    except ValueError:
+        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
         raise ConfigError(f"{text!r} is not a size such as 512M or 4G") from None
     if not 0 < size < 2**63:
         raise ConfigError(f"{text!r} is not a possible size")
-    return int(size)
+    return size
 
 
 def parse_cores(text: str | None) -> tuple[int, ...]:
@@ -127,10 +148,18 @@ def parse_cores(text: str | None) -> tuple[int, ...]:
     if not text:
         return ()
     try:
-        parts = [part.split("-") for part in text.split(",")]
-        return tuple(sorted({core for p in parts for core in range(int(p[0]), int(p[-1]) + 1)}))
+        ranges = [_core_range(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{text!r} is not a list of cores such as 0-3 or 0,2") from None
+    return tuple(sorted({core for cores in ranges for core in cores}))
+
+
+def _core_range(text: str) -> range:
+    first, dash, last = text.partition("-")
+    cores = range(int(first), int(last if dash else first) + 1)
+    if not cores or len(cores) > _MOST_CORES:
+        raise ValueError
+    return cores
 
 
 def parse_list(text: str | None) -> tuple[str, ...]:
@@ -139,10 +168,14 @@ def parse_list(text: str | None) -> tuple[str, ...]:
 
 def worker_config(role: Role, flags: Mapping[str, Any]) -> WorkerConfig:
     """From the flags of a command, by parameter name. Raises ConfigError for values that can't be."""
+    if flags["dtype"] not in _DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, not {flags['dtype']}")
     if flags["block_size"] not in (16, 32):
         raise ConfigError(f"--block-size must be 16 or 32, not {flags['block_size']}")
     if flags["max_num_batched_tokens"] < flags["max_num_seqs"]:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs: each takes one token a step")
+    if flags.get("quantization") not in (None, "int8"):
+        raise ConfigError(f"--quantization must be int8, not {flags['quantization']}")
     return WorkerConfig(
         role=role,
         transports=parse_list(flags["kv_transport"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from splitserve.cli import options as o
 from splitserve.cluster import Role
@@ -43,62 +44,44 @@ def router(
     )
 
 
-def prefill(
-    model: o.Model,
-    redis_url: o.RedisUrl = None,
-    served_model_name: o.ServedName = None,
-    worker_id: o.WorkerId = None,
-    host: o.Host = "127.0.0.1",
-    advertise_host: o.AdvertiseHost = None,
-    port: o.WorkerPort = 0,
-    metrics_port: o.MetricsPort = 0,
-    kv_transport: o.Transports = None,
-    dtype: o.Dtype = "auto",
-    max_model_len: o.MaxModelLen = None,
-    max_num_seqs: o.MaxNumSeqs = 64,
-    max_num_batched_tokens: o.MaxBatchedTokens = 512,
-    block_size: o.BlockSize = 16,
-    kv_cache_memory: o.KvCacheMemory = None,
-    enable_prefix_caching: o.PrefixCaching = True,
-    kernels: o.Kernels = "auto",
-    cores: o.Cores = None,
-    max_waiting: o.MaxWaiting = 256,
-    drain_timeout: o.DrainTimeout = 30.0,
-    log_level: o.LogLevel = "info",
-    log_json: o.LogJson = False,
-    config: o.ConfigFile = None,
-) -> None:
-    """Runs a prefill worker: reads prompts and offers their KV blocks."""
-    become(_worker(Role.PREFILL, locals()))
+def worker_command(role: Role, text: str) -> Callable[..., None]:
+    """The command of one role; the two take the same flags."""
+
+    def run(
+        model: o.Model,
+        redis_url: o.RedisUrl = None,
+        served_model_name: o.ServedName = None,
+        worker_id: o.WorkerId = None,
+        host: o.Host = "127.0.0.1",
+        advertise_host: o.AdvertiseHost = None,
+        port: o.WorkerPort = 0,
+        metrics_port: o.MetricsPort = 0,
+        kv_transport: o.Transports = None,
+        dtype: o.Dtype = "auto",
+        quantization: o.Quantization = None,
+        max_model_len: o.MaxModelLen = None,
+        max_num_seqs: o.MaxNumSeqs = 64,
+        max_num_batched_tokens: o.MaxBatchedTokens = 512,
+        block_size: o.BlockSize = 16,
+        kv_cache_memory: o.KvCacheMemory = None,
+        enable_prefix_caching: o.PrefixCaching = True,
+        kernels: o.Kernels = "auto",
+        cores: o.Cores = None,
+        max_waiting: o.MaxWaiting = 256,
+        drain_timeout: o.DrainTimeout = 30.0,
+        log_level: o.LogLevel = "info",
+        log_json: o.LogJson = False,
+        config: o.ConfigFile = None,
+    ) -> None:
+        become(_worker(role, locals()))
+
+    run.__name__ = role.value
+    run.__doc__ = text
+    return run
 
 
-def decode(
-    model: o.Model,
-    redis_url: o.RedisUrl = None,
-    served_model_name: o.ServedName = None,
-    worker_id: o.WorkerId = None,
-    host: o.Host = "127.0.0.1",
-    advertise_host: o.AdvertiseHost = None,
-    port: o.WorkerPort = 0,
-    metrics_port: o.MetricsPort = 0,
-    kv_transport: o.Transports = None,
-    dtype: o.Dtype = "auto",
-    max_model_len: o.MaxModelLen = None,
-    max_num_seqs: o.MaxNumSeqs = 64,
-    max_num_batched_tokens: o.MaxBatchedTokens = 512,
-    block_size: o.BlockSize = 16,
-    kv_cache_memory: o.KvCacheMemory = None,
-    enable_prefix_caching: o.PrefixCaching = True,
-    kernels: o.Kernels = "auto",
-    cores: o.Cores = None,
-    max_waiting: o.MaxWaiting = 256,
-    drain_timeout: o.DrainTimeout = 30.0,
-    log_level: o.LogLevel = "info",
-    log_json: o.LogJson = False,
-    config: o.ConfigFile = None,
-) -> None:
-    """Runs a decode worker: pulls KV blocks and generates."""
-    become(_worker(Role.DECODE, locals()))
+prefill = worker_command(Role.PREFILL, "Runs a prefill worker: reads prompts and offers their KV blocks.")
+decode = worker_command(Role.DECODE, "Runs a decode worker: pulls KV blocks and generates.")
 
 
 def become(config: WorkerConfig | RouterConfig) -> None:

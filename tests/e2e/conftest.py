@@ -20,7 +20,13 @@ POOL = 256 << 20
 
 def worker(role: Role, model: str, name: str, **options: Any) -> WorkerConfig:
     """A worker in float32, so that answers can be compared token by token."""
-    settings = {"dtype": "float32", "kv_cache_memory": POOL, "drain_timeout": 5.0, "log": LogConfig("info"), **options}
+    settings = {
+        "dtype": "float32",
+        "kv_cache_memory": POOL,
+        "drain_timeout": 5.0,
+        "log": LogConfig("info"),
+        **options,
+    }
     return WorkerConfig(role, model, redis_url="", worker_id=name, **settings)
 
 

@@ -7,7 +7,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import grpc.aio
 import httpx
@@ -213,7 +212,9 @@ def test_kv_travels_over_tcp_too(changing: RunningCluster, tiny_cluster: Running
 
 
 def test_two_models_live_behind_one_router(changing: RunningCluster, tiny_path: Callable[..., str]) -> None:
-    config = worker(Role.DECODE, tiny_path("qwen2", 1), "other-0", served_model_name="other", kv_cache_memory=8 << 20)
+    config = worker(
+        Role.DECODE, tiny_path("qwen2", 1), "other-0", served_model_name="other", kv_cache_memory=8 << 20
+    )
     changing.add("other-0", config)
     with OpenAI(base_url=f"{changing.http_url}/v1", api_key="none") as client:
         assert {model.id for model in client.models.list()} == {"tiny", "other"}

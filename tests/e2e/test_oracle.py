@@ -76,9 +76,7 @@ def test_the_engine_says_what_transformers_says(prompts: list[list[int]], expect
 
 
 @pytest.mark.parametrize("chunk", [16, 100])
-def test_other_chunk_sizes_say_the_same(
-    prompts: list[list[int]], expected: list[list[int]], chunk: int
-) -> None:
+def test_other_chunk_sizes_say_the_same(prompts: list[list[int]], expected: list[list[int]], chunk: int) -> None:
     some = slice(0, PROMPTS, 4)
     assert _engine(prompts[some], max_num_batched_tokens=chunk, max_num_seqs=8) == expected[some]
 

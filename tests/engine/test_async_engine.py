@@ -135,3 +135,24 @@ async def test_an_idle_engine_makes_no_steps(engine: AsyncEngine) -> None:
     before = engine.stats.steps
     await asyncio.sleep(0.1)
     assert engine.stats.steps == before
+
+
+async def test_a_failure_of_the_thread_is_told_to_everybody(tiny: Callable[..., Path]) -> None:
+    core = Engine(EngineConfig(str(tiny()), dtype="float32", kv_cache_memory=POOL, threads=1), open_model(tiny()))
+    broken = AsyncEngine(core)
+    await broken.start()
+    long = request("a", [1, 2], SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+    outputs = broken.generate(long)
+    await anext(outputs)
+    core.scheduler.finish = None  # type: ignore[assignment,method-assign]
+    broken.abandon("a", 0)  # which calls it
+    async with asyncio.timeout(10):
+        with pytest.raises(EngineError):
+            await answer(broken, request("b", [1]))
+        with pytest.raises(EngineError):
+            while True:
+                await asyncio.sleep(0.005)
+                broken.load()
+        await outputs.aclose()
+        with pytest.raises(AssertionError, match="thread has failed"):
+            await broken.close()

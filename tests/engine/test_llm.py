@@ -71,6 +71,11 @@ def test_different_seeds_give_different_answers(llm: LLM) -> None:
     assert len(answers) == 5
 
 
+def test_without_a_seed_answers_differ(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    assert len({tuple(tokens(llm, [[1, 2, 3]], params)[0]) for _ in range(5)}) > 1
+
+
 def test_eos_ends_an_answer(llm: LLM) -> None:
     bias = {EOS: 100.0}
     (answer,) = llm.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=9, logit_bias=bias))

@@ -85,6 +85,57 @@ def test_linear_of_no_rows_is_empty(kernels: Kernels, dtype: torch.dtype) -> Non
     )
 
 
+@pytest.mark.parametrize(("n", "k"), [(100, 64), (33, 70), (192, 576)])
+def test_linear_gives_float32_when_asked(kernels: Kernels, dtype: torch.dtype, n: int, k: int) -> None:
+    weight, bias = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    linear = kernels.pack_linear(weight, bias, torch.float32)
+    for rows in (1, 7, 40):
+        x = torch.randn(rows, k).to(dtype)
+        got = linear(x)
+        assert got.dtype is torch.float32
+        assert_near(got, x.double() @ weight.double().T + bias.double(), terms=k)
+
+
+def near_int8(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight, and what it is when rounded to int8; no value lies so that it could go either way."""
+    exact = torch.randint(-126, 127, (n, k)).double()
+    exact[:, 0] = 127
+    off = 0.0 if dtype is torch.bfloat16 else 0.8 * torch.rand(n, k) - 0.4
+    weight = exact + off
+    weight[:, 0] = 127
+    return (weight / 64).to(dtype), exact / 64
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 33, 70])
+@pytest.mark.parametrize(("n", "k"), [(96, 128), (33, 100), (40, 576), (8, 33)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_int8_linear_loses_no_more_than_rounding_the_weights(
+    kernels: Kernels, dtype: torch.dtype, rows: int, n: int, k: int, wide: bool
+) -> None:
+    weight, rounded = near_int8(n, k, dtype)
+    bias, x = torch.randn(n).to(dtype), torch.randn(rows, k).to(dtype)
+    got = kernels.pack_linear_int8(weight, bias, torch.float32 if wide else None)(x)
+    assert got.dtype is (torch.float32 if wide else dtype)
+    # activations may be cut to 15 bits of their row's largest value
+    torch.testing.assert_close(got.double(), x.double() @ rounded.T + bias.double(), rtol=8e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 12, 17, 33, 70, 300])
+@pytest.mark.parametrize(("intermediate", "k"), [(64, 64), (96, 160), (50, 34)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_gate_up_is_the_linear_layer_and_its_activation(
+    kernels: Kernels, dtype: torch.dtype, rows: int, intermediate: int, k: int, int8: bool
+) -> None:
+    weight, rounded = near_int8(2 * intermediate, k, dtype)
+    bias, x = torch.randn(2 * intermediate).to(dtype), (torch.randn(rows, k) / k**0.5).to(dtype)
+    got = kernels.pack_gate_up(weight, bias, int8=int8)(x)
+    assert got.dtype is dtype
+    assert got.is_contiguous()
+    gate, up = (x.double() @ (rounded if int8 else weight.double()).T + bias.double()).chunk(2, dim=1)
+    bound = 2e-2 if dtype is torch.bfloat16 else 1e-3 if int8 else 1e-5
+    torch.testing.assert_close(got.double(), gate * gate.sigmoid() * up, rtol=bound, atol=bound)
+
+
 @pytest.mark.parametrize("width", [8, 64, 80, 576, 1001])
 def test_rms_norm_of_rows(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     x, weight = 3 * torch.randn(5, width).to(dtype), torch.randn(width).to(dtype)

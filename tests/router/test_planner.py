@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from router.backend import GenerationRequest, ModelSpec
+from router.planner import Planner
+from router.policy import PolicyConfig
+from router.snapshot import ClusterView
+from splitserve.cluster import Role, WorkerInfo
+from splitserve.directory import Directory
+from splitserve.errors import InvalidRequest, Unavailable
+from splitserve.hashing import block_hashes, chain_root
+from splitserve.redis_server import PrivateRedis
+from splitserve.sampling import SamplingParams
+from tests.router.scripted import MakeWorker
+
+TOKENS = list(range(100))
+
+
+def request(salt: str = "", **sampling: int) -> GenerationRequest:
+    return GenerationRequest("r", "echo", TOKENS, SamplingParams(**{"max_tokens": 8, **sampling}), salt)
+
+
+async def joined(directory: Directory, make_worker: MakeWorker, spec: ModelSpec) -> list[WorkerInfo]:
+    return [
+        await directory.register(make_worker(f"{role}-0", role, model=spec.name, fingerprint=spec.fingerprint))
+        for role in Role
+    ]
+
+
+@pytest.fixture
+async def workers(directory: Directory, make_worker: MakeWorker, spec: ModelSpec) -> list[WorkerInfo]:
+    return await joined(directory, make_worker, spec)
+
+
+@pytest.fixture
+async def planner(directory: Directory, workers: list[WorkerInfo]) -> AsyncIterator[Planner]:
+    async with ClusterView(directory, refresh_seconds=3600) as view:
+        yield Planner(directory, view, PolicyConfig())
+
+
+async def own(directory: Directory, worker: WorkerInfo, spec: ModelSpec, blocks: int, salt: str = "") -> None:
+    hashes = block_hashes(chain_root(bytes.fromhex(spec.fingerprint), salt), TOKENS, spec.block_tokens)
+    await directory.apply_block_events(worker, hashes[:blocks], [])
+
+
+async def test_a_prompt_that_nobody_knows_goes_to_both_pools(planner: Planner, spec: ModelSpec) -> None:
+    plan = await planner.plan(request(), spec, TOKENS, ())
+    assert plan.prefill is not None and (plan.prefill.info.id, plan.decode.info.id) == ("prefill-0", "decode-0")
+    assert plan.uncached_prefill == 100
+
+
+async def test_blocks_that_a_worker_owns_need_no_computing(
+    planner: Planner, spec: ModelSpec, directory: Directory, workers: list[WorkerInfo]
+) -> None:
+    await own(directory, workers[0], spec, 4)
+    assert (await planner.plan(request(), spec, TOKENS, ())).uncached_prefill == 100 - 4 * 16
+
+
+async def test_a_prompt_that_the_decode_worker_knows_skips_the_prefill_worker(
+    planner: Planner, spec: ModelSpec, directory: Directory, workers: list[WorkerInfo]
+) -> None:
+    await own(directory, workers[1], spec, 5)
+    plan = await planner.plan(request(), spec, TOKENS, ())
+    assert (plan.prefill, plan.uncached_decode) == (None, 20)
+
+
+async def test_blocks_of_another_salt_are_not_found(
+    planner: Planner, spec: ModelSpec, directory: Directory, workers: list[WorkerInfo]
+) -> None:
+    await own(directory, workers[0], spec, 6, salt="a")
+    assert (await planner.plan(request(salt="b"), spec, TOKENS, ())).uncached_prefill == 100
+    assert (await planner.plan(request(salt="a"), spec, TOKENS, ())).uncached_prefill == 4
+
+
+async def test_prompt_logprobs_are_computed_on_the_decode_worker(
+    planner: Planner, spec: ModelSpec, directory: Directory, workers: list[WorkerInfo]
+) -> None:
+    await own(directory, workers[1], spec, 6)
+    plan = await planner.plan(request(prompt_logprobs=1), spec, TOKENS, ())
+    assert (plan.prefill, plan.uncached_decode) == (None, 100)
+
+
+async def test_tokens_given_count_against_what_is_still_to_come(planner: Planner, spec: ModelSpec) -> None:
+    wanted = replace(request(), sampling=SamplingParams(max_tokens=8092))  # just fits a context of 8192
+    await planner.plan(wanted, spec, TOKENS, ())
+    await planner.plan(wanted, spec, [*TOKENS, *range(50)], ())
+    with pytest.raises(InvalidRequest):
+        await planner.plan(replace(wanted, sampling=SamplingParams(max_tokens=8093)), spec, TOKENS, ())
+
+
+async def test_excluded_workers_are_not_planned_with(planner: Planner, spec: ModelSpec) -> None:
+    assert (await planner.plan(request(), spec, TOKENS, {"prefill-0"})).prefill is None
+    with pytest.raises(Unavailable, match="no decode worker"):
+        await planner.plan(request(), spec, TOKENS, {"decode-0"})
+
+
+async def test_a_model_whose_workers_have_changed_is_not_planned_for(planner: Planner, spec: ModelSpec) -> None:
+    for other in (replace(spec, fingerprint="11" * 32), replace(spec, name="nobody")):
+        with pytest.raises(Unavailable, match="no worker of"):
+            await planner.plan(request(), other, TOKENS, ())
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+async def test_without_the_directory_a_plan_is_still_made(
+    own_redis: PrivateRedis, make_worker: MakeWorker, spec: ModelSpec, noticed: bool
+) -> None:
+    async with Directory(own_redis.url, timeout=0.5) as directory:
+        workers = await joined(directory, make_worker, spec)
+        await own(directory, workers[0], spec, 4)
+        async with ClusterView(directory, refresh_seconds=3600) as view:
+            await own_redis.close()
+            if noticed:
+                await view.refresh()
+            async with asyncio.timeout(5):
+                plan = await Planner(directory, view, PolicyConfig()).plan(request(), spec, TOKENS, ())
+    assert plan.prefill is not None and plan.uncached_prefill == 100
