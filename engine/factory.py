@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core import Engine
@@ -30,6 +32,8 @@ def create_engine(config: WorkerConfig) -> tuple[AsyncEngine, ModelDescription]:
     tokenizer_json, template, special = files.tokenizer()
     engine = Engine(engine_config, files)
     engine.warm_up()
+    gc.collect()
+    gc.freeze()  # what lives as long as the process is not walked again at every full collection
     description = ModelDescription(
         model=config.served_model_name or served_name(config.model),
         fingerprint=engine.runner.fingerprint.hex(),

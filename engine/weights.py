@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from engine.gguf_file import GgufDirectory, StoredTensor
 from engine.model_config import ModelConfig, from_gguf, from_hf
 from splitserve.errors import ConfigError
 from splitserve.models import cache_dir
@@ -26,7 +30,7 @@ from splitserve.models import cache_dir
 log = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
-_LARGE_FIELD = 1024  # entries of a GGUF field
+_DEQUANTISED_VALUES = 1 << 12  # in a row that gguf is given; it takes 16 rows at a time
 
 
 class ModelFiles(Protocol):
@@ -107,14 +111,12 @@ class GgufFile:
     """A ``.gguf`` file; quantised weights are dequantised as they are read."""
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         self._path = path
-        reader = GGUFReader(path)
-        self._tensors = {t.name: t for t in reader.tensors}
-        self._tokens = reader.fields["tokenizer.ggml.tokens"]  # large, and slow to decode as a whole
-        self._fields = {k: f.contents() for k, f in reader.fields.items() if len(f.data) <= _LARGE_FIELD}
-        self.config = from_gguf(self._fields, len(self._tokens.data), frozenset(self._tensors))
+        self._file = GgufDirectory(path)
+        self._fields = self._file.fields
+        self._tokens = self._file.large.get(_VOCABULARY)
+        size = len(self._fields[_VOCABULARY]) if self._tokens is None else self._tokens.count
+        self.config = from_gguf(self._fields, size, frozenset(self._file.tensors))
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         found = self.optional(name, dtype)
@@ -123,12 +125,13 @@ class GgufFile:
         return found
 
     def optional(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        from gguf.quants import dequantize
-
-        tensor = self._tensors.get(_gguf_name(name))
+        tensor = self._file.tensors.get(_gguf_name(name))
         if tensor is None:
             return None
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        try:
+            weight = torch.from_numpy(_dequantized(self._file, tensor))
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise ConfigError(f"{self._path.name}: the weight {name} can't be read: {error!r}") from error
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
         if heads and self.config.architecture == "llama":
             weight = _deinterleave(weight, heads)
@@ -137,9 +140,14 @@ class GgufFile:
     def digest(self) -> str:
         return _digest([self._path])
 
+    def _token(self, index: int) -> str:
+        if self._tokens is None:
+            return str(self._fields[_VOCABULARY][index])
+        return self._file.string(self._tokens, index)
+
     def tokenizer(self) -> tuple[str, str, dict[str, str]]:
         special = {
-            f"{kind}_token": bytes(self._tokens.parts[self._tokens.data[index]]).decode()
+            f"{kind}_token": self._token(index)
             for kind, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
             if (index := self._fields.get(f"tokenizer.ggml.{key}_token_id")) is not None
         }
@@ -150,6 +158,23 @@ class GgufFile:
             text = _converted(self._path.parent, self._path.name)
             _keep(kept, text)
         return text, str(self._fields.get("tokenizer.chat_template", "")), special
+
+
+def _dequantized(file: GgufDirectory, tensor: StoredTensor) -> NDArray[np.float32]:
+    """The values in the tensor's shape, writable. Raises what gguf does for a type that it can't read."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType(tensor.kind)
+    values, size = GGML_QUANT_SIZES[kind]  # of a quantised block: numbers, bytes
+    blocks, rest = divmod(math.prod(tensor.shape), values)
+    if rest:
+        raise ValueError(f"{math.prod(tensor.shape)} values in blocks of {values}")
+    # Blocks know nothing of rows: gguf is given such as keep numpy busy, not the tensor's own.
+    row = math.gcd(blocks, max(1, _DEQUANTISED_VALUES // values))
+    data = file.data(tensor.offset, blocks * size).reshape(-1, row * size)
+    found: NDArray[np.float32] = dequantize(data, kind).reshape(tensor.shape)
+    return found if found.flags.writeable else found.copy()
 
 
 def _keep(path: Path, text: str) -> None:
@@ -202,6 +227,7 @@ def _json(path: Path) -> Mapping[str, Any]:
     return found
 
 
+_VOCABULARY = "tokenizer.ggml.tokens"
 _GGUF_GLOBAL = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",

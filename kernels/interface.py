@@ -49,8 +49,8 @@ class Kernels(Protocol):
     name: str
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
-        """``weight [N, K]``, ``bias [N]``; results in ``out_dtype``, by default the weight's dtype. The backend may
-        keep its own copy; the caller drops its own."""
+        """``weight [N, K]``, ``bias [N]``; results in ``out_dtype``, by default the weight's dtype. The backend
+        may keep its own copy; the caller drops its own."""
         ...
 
     def pack_linear_int8(
@@ -61,8 +61,8 @@ class Kernels(Protocol):
         ...
 
     def pack_gate_up(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
-        """``weight [2 * I, K]``, gates first, ``bias [2 * I]``. The layer gives ``silu(gate) * up``, ``[T, I]``, as
-        silu_mul after pack_linear (``int8``: pack_linear_int8) would, with one rounding less or more."""
+        """``weight [2 * I, K]``, gates first, ``bias [2 * I]``. The layer gives ``silu(gate) * up``, ``[T, I]``,
+        as silu_mul after pack_linear (``int8``: pack_linear_int8) would, with one rounding less or more."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ import time
 
 from kvtransfer.transport import Connection
 
-MAX_IDLE = 16  # for one address
+MAX_IDLE = 4  # for one address; more pulls at a time make connections of their own
 IDLE_SECONDS = 120.0
 
 

@@ -51,7 +51,7 @@ def pack(
     *,
     gated: bool = False,
 ) -> NativeLinear:
-    """``weight [N, K]`` (bfloat16: K even) and ``bias [N]`` of the functions' dtype; results in ``out_dtype``, that
+    """``weight [N, K]`` (bfloat16: K even), ``bias [N]`` of the functions' dtype; results in ``out_dtype``, that
     one or float32. ``gated``: gates over ups, N a multiple of 64; ``silu(gate) * up`` comes out."""
     n, k = weight.shape
     source = weight.contiguous()
@@ -74,7 +74,7 @@ def pack_int8(
     *,
     gated: bool = False,
 ) -> NativeLinear:
-    """``weight [N, K]``, K a multiple of 4, rounded to int8 with one symmetric scale per output; else as `pack`."""
+    """``weight [N, K]``, K a multiple of 4, rounded to int8, one symmetric scale per output; else as `pack`."""
     n, k = weight.shape
     source = weight.float().contiguous()
     panels = torch.empty(_padded(n) * k, dtype=torch.uint8)
