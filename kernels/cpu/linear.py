@@ -51,8 +51,8 @@ def pack(
     *,
     gated: bool = False,
 ) -> NativeLinear:
-    """``weight [N, K]`` (bfloat16: K even), ``bias [N]`` of the functions' dtype; results in ``out_dtype``, that
-    one or float32. ``gated``: gates over ups, N a multiple of 64; ``silu(gate) * up`` comes out."""
+    """``weight [N, K]`` (bfloat16: K even), ``bias [N]`` of the functions' dtype; results in ``out_dtype``,
+    that one or float32. ``gated``: gates over ups, N a multiple of 64; ``silu(gate) * up`` comes out."""
     n, k = weight.shape
     source = weight.contiguous()
     panels = torch.empty(_padded(n) * k, dtype=weight.dtype)
