@@ -43,7 +43,8 @@ stubs: install
 	$(BIN)/python proto/generate.py
 
 bench: install
-	$(BIN)/splitserve bench serve
+	$(BIN)/python -m bench.compare --peers bench/peers.example.toml --only SplitServe --rounds 1 --out build/bench \
+	  --workloads single prefill closed-8 poisson-1
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
