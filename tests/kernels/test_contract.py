@@ -132,7 +132,7 @@ def test_gate_up_is_the_linear_layer_and_its_activation(
     assert got.dtype is dtype
     assert got.is_contiguous()
     gate, up = (x.double() @ (rounded if int8 else weight.double()).T + bias.double()).chunk(2, dim=1)
-    # with int8 weights activations may be cut to 15 bits of their row's largest value, as in the linear layer alone
+    # with int8 weights activations may be cut to 15 bits of their row's largest value
     bound = 2e-2 if dtype is torch.bfloat16 else 1e-2 if int8 else 1e-5
     torch.testing.assert_close(got.double(), gate * gate.sigmoid() * up, rtol=bound, atol=bound)
 
