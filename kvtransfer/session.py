@@ -39,7 +39,7 @@ from splitserve.layout import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
-BATCH = 4  # blocks announced by one READY
+BATCH = 8  # blocks announced by one READY
 IN_FLIGHT = 32  # payloads being sent at a time
 MAX_RESENDS = 16  # of one session: a line that damages more is of no use
 LINGER_SECONDS = 1.0  # how long the last frame may take to be read before the connection is closed
