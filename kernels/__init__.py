@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import os
 
-from kernels.interface import AttentionBatch, Kernels, Linear, pool_shape
+from kernels.interface import AttentionBatch, Kernels, Linear, SampleParams, pool_shape
 from kernels.reference import ReferenceKernels
 
-__all__ = ["AttentionBatch", "Kernels", "Linear", "ReferenceKernels", "load_kernels", "pool_shape"]
+__all__ = ["AttentionBatch", "Kernels", "Linear", "ReferenceKernels", "SampleParams", "load_kernels", "pool_shape"]
 
 logger = logging.getLogger(__name__)
 

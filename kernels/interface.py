@@ -34,6 +34,17 @@ class AttentionBatch:
     max_context: int  # largest of context_lens
 
 
+@dataclass(frozen=True, slots=True)
+class SampleParams:
+    """How each row of a batch draws its token. On the device of the logits."""
+
+    temperature: Tensor  # [S] float32; 0: the largest logit, and the rest is not looked at
+    top_k: Tensor  # [S] int32; 0: all
+    top_p: Tensor  # [S] float32; 1: all
+    min_p: Tensor  # [S] float32; 0: all
+    uniform: Tensor  # [S] float64 in [0, 1), the row's random number
+
+
 class Linear(Protocol):
     """A linear layer whose weight was packed for the backend once."""
 
@@ -47,6 +58,7 @@ class Kernels(Protocol):
     """One backend. Tensors share a device and, unless said otherwise, the model's dtype."""
 
     name: str
+    capturable: bool  # no launch depends on what a tensor holds: a step may be captured as a CUDA graph
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
         """``weight [N, K]``, ``bias [N]``; results in ``out_dtype``, by default the weight's dtype. The backend
@@ -92,6 +104,14 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """``gate_up [T, 2 * I]`` -> ``silu(gate) * up``, ``[T, I]``. https://arxiv.org/abs/2002.05202"""
+        ...
+
+    def sample(self, logits: Tensor, params: SampleParams) -> Tensor:
+        """One token for each row of ``logits [S, V]`` float32 -> ``[S]`` int64, always below V.
+
+        A row keeps its logits / temperature from the largest down as min-p, then top-k, then top-p say (of what
+        the others left, up to the one that reaches top-p; ties are kept) and takes, in vocabulary order, the
+        first token whose cumulative probability exceeds ``uniform``. Never waits for the device."""
         ...
 
 

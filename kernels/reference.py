@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.interface import AttentionBatch, Linear
+from kernels.interface import AttentionBatch, Linear, SampleParams
 
 
 class TorchLinear:
@@ -51,6 +51,7 @@ class GateUp:
 
 class ReferenceKernels:
     name = "reference"
+    capturable = False
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
         dtype = out_dtype or weight.dtype
@@ -115,3 +116,26 @@ class ReferenceKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def sample(self, logits: Tensor, params: SampleParams) -> Tensor:
+        greedy = params.temperature == 0
+        scaled = logits / torch.where(greedy, 1.0, params.temperature).unsqueeze(1)
+        floor = _floor(scaled.sort(dim=-1, descending=True).values, params)
+        weights = torch.softmax(scaled.masked_fill(scaled < floor, float("-inf")), dim=-1)
+        cumulative = weights.double().cumsum(dim=-1)
+        targets = params.uniform.unsqueeze(1) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+        return torch.where(greedy, logits.argmax(dim=-1), drawn.clamp(max=logits.shape[1] - 1))
+
+
+def _floor(values: Tensor, params: SampleParams) -> Tensor:
+    """``values [S, V]`` in descending order -> the smallest that the filters of each row keep, ``[S, 1]``."""
+    floor = values[:, :1] + params.min_p.unsqueeze(1).log()
+    last = torch.where(params.top_k > 0, params.top_k.clamp(max=values.shape[1]), values.shape[1]).long() - 1
+    floor = torch.maximum(floor, values.gather(1, last.unsqueeze(1)))
+    kept = values >= floor
+    mass = torch.softmax(values.masked_fill(~kept, float("-inf")), dim=-1).cumsum(dim=-1)
+    top_p = params.top_p.unsqueeze(1)
+    before = ((mass < top_p) & kept).sum(dim=-1, keepdim=True)  # the one that reaches top_p is kept too
+    reaches = values.gather(1, torch.minimum(before, kept.sum(dim=-1, keepdim=True) - 1).clamp(min=0))
+    return torch.where(top_p < 1.0, torch.maximum(floor, reaches), floor)

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.cpu import linear
 from kernels.cpu.build import library, runnable_isas
 from kernels.cpu.library import Batch, Functions, KvPool, Library
-from kernels.interface import AttentionBatch, Linear
+from kernels.interface import AttentionBatch, Linear, SampleParams
 from kernels.reference import GateUp, ReferenceKernels
 
 MAX_HEAD_DIM = 256
@@ -43,6 +43,7 @@ class CpuKernels:
     """
 
     name = "cpu"
+    capturable = False
 
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
         self.isa = isa or runnable_isas()[0]
@@ -156,6 +157,9 @@ class CpuKernels:
         out = gate_up.new_empty((rows, width))
         functions.silu_mul(self._pool, gate_up.data_ptr(), row, rows, width, out.data_ptr())
         return out
+
+    def sample(self, logits: Tensor, params: SampleParams) -> Tensor:
+        return self._reference.sample(logits, params)
 
     def read_memory(self, data: Tensor) -> None:
         """Reads a contiguous tensor on all threads and drops it: the limit that benchmarks compare with."""

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import Kernels, ReferenceKernels
+from kernels import Kernels, ReferenceKernels, SampleParams
 from kernels.cpu.backend import CpuKernels
 from kernels.cpu.build import BuildError, runnable_isas
 from tests.kernels.cases import LAYER, PagedCase, exact_attention, exact_rms_norm, exact_rope, paged_case
@@ -255,3 +255,57 @@ def test_attention_of_any_batch(
 ) -> None:
     sequences = sorted((rows, rows + cached) for rows, cached in drawn)
     check_attention(kernels, paged_case(sequences, group=group, head_dim=head_dim, dtype=dtype, seed=seed))
+
+
+SAMPLINGS = [  # temperature, top_k, top_p, min_p
+    (0.0, 0, 1.0, 0.0),
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 5, 1.0, 0.0),
+    (1.5, 1, 1.0, 0.0),
+    (1.0, 0, 0.8, 0.0),
+    (1.2, 0, 1.0, 0.1),
+    (0.9, 40, 0.9, 0.02),
+    (1.0, 2**31 - 1, 0.01, 0.0),
+]
+
+
+def exact_sample(logits: Tensor, sampling: tuple[float, int, float, float], uniform: float) -> set[int]:
+    """The tokens that the rule gives for ``logits [V]``, and for a number that is a rounding error away."""
+    temperature, top_k, top_p, min_p = sampling
+    if temperature == 0:
+        return {int(logits.argmax())}
+    scaled = logits.double() / temperature
+    values = scaled.sort(descending=True).values
+    kept = values[values >= values[0] + (torch.tensor(min_p).log() if min_p else -torch.inf)]
+    kept = kept[kept >= values[min(top_k, len(values)) - 1]] if top_k else kept
+    if top_p < 1:
+        mass = kept.softmax(0).cumsum(0)
+        kept = kept[: int((mass < top_p).sum()) + 1]
+    cumulative = scaled.masked_fill(scaled < kept[-1], -torch.inf).softmax(0).cumsum(0)
+    points = [uniform, max(0.0, uniform - 1e-5), min(1.0, uniform + 1e-5)]
+    return {int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(scaled) - 1)) for point in points}
+
+
+@pytest.mark.parametrize("vocab", [7, 320, 5000])
+def test_sample_draws_as_the_filters_say(kernels: Kernels, vocab: int) -> None:
+    rows = [sampling for sampling in SAMPLINGS for _ in range(3)]
+    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
+    logits, uniform = 3 * torch.randn(len(rows), vocab), torch.rand(len(rows), dtype=torch.float64)
+    params = SampleParams(
+        torch.tensor(temperature),
+        torch.tensor(top_k, dtype=torch.int32),
+        torch.tensor(top_p),
+        torch.tensor(min_p),
+        uniform,
+    )
+    tokens = kernels.sample(logits, params)
+    assert tokens.dtype is torch.int64
+    for row, token in enumerate(tokens.tolist()):
+        assert token in exact_sample(logits[row], rows[row], float(uniform[row])), rows[row]
+
+
+def test_sample_of_a_row_that_is_not_finite_is_some_token(kernels: Kernels) -> None:
+    logits = torch.full((2, 64), torch.nan)
+    ones, whole = torch.ones(2), torch.zeros(2, dtype=torch.int32)
+    params = SampleParams(torch.tensor([0.0, 1.0]), whole, ones, 0 * ones, torch.rand(2, dtype=torch.float64))
+    assert all(0 <= token < 64 for token in kernels.sample(logits, params).tolist())
