@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.weights import open_model
+from engine.weights import ModelFiles, open_model
 from splitserve.config import WorkerConfig
 from splitserve.model_info import ModelDescription
 from splitserve.models import resolve_model, served_name
 
 
-def create_engine(config: WorkerConfig) -> tuple[AsyncEngine, ModelDescription]:
-    """Reads the model, warms it up, describes it. Takes seconds. Raises ConfigError."""
+def create_engine(
+    config: WorkerConfig, make: Callable[[EngineConfig, ModelFiles], Engine] = Engine
+) -> tuple[AsyncEngine, ModelDescription]:
+    """Reads the model, warms it up, describes it. Takes seconds. ``make``: another engine, such as one that fails
+    at a given point. Raises ConfigError."""
     engine_config = EngineConfig(
         model=config.model,
         dtype=config.dtype,
@@ -30,7 +34,7 @@ def create_engine(config: WorkerConfig) -> tuple[AsyncEngine, ModelDescription]:
     )
     files = open_model(resolve_model(config.model))
     tokenizer_json, template, special = files.tokenizer()
-    engine = Engine(engine_config, files)
+    engine = make(engine_config, files)
     engine.warm_up()
     gc.collect()
     gc.freeze()  # what lives as long as the process is not walked again at every full collection

@@ -27,11 +27,18 @@ _MODULES = {"prefill": "prefill_service", "decode": "decode_service"}
 
 
 class Child:
-    """One process of the cluster."""
+    """One process of the cluster. ``module`` is what it runs; default: the service of its configuration."""
 
-    def __init__(self, name: str, config: WorkerConfig | RouterConfig, log_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: WorkerConfig | RouterConfig,
+        log_dir: Path | None = None,
+        module: str | None = None,
+    ) -> None:
         self.name = name
         self.config = config
+        self.module = module or (_MODULES[config.role] if isinstance(config, WorkerConfig) else "router")
         self.addresses: Mapping[str, str] = {}  # filled by `ready`
         self._log_dir = log_dir
         self._process: asyncio.subprocess.Process | None = None
@@ -54,13 +61,12 @@ class Child:
     async def start(self) -> None:
         reading, writing = os.pipe()
         config = replace(self.config, ready_fd=writing)
-        module = _MODULES[config.role] if isinstance(config, WorkerConfig) else "router"
         stderr = None if self.log_path is None else self.log_path.open("ab")
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                module,
+                self.module,
                 config_to_json(config),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=stderr,

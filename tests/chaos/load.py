@@ -1,0 +1,155 @@
+"""Requests whose answers are known, asked over the public gRPC API, token by token.
+
+An answer is compared as (index, token id) pairs, so that a token that is missing, there twice or wrong shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from splitserve.grpc_errors import error_from_rpc
+from splitserve.v1 import inference_pb2 as pb
+from splitserve.v1 import inference_pb2_grpc
+from splitserve.v1.sampling_pb2 import SamplingParams
+
+MODEL = "tiny"
+_salts = itertools.count()  # an answer does not depend on it, a cache hit does
+
+OnToken = Callable[[int], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One request; every second one is drawn with a seed."""
+
+    number: int
+    prompt: tuple[int, ...]
+    new: int
+
+    @property
+    def sampling(self) -> SamplingParams:
+        greedy = self.number % 2 == 0
+        return SamplingParams(
+            temperature=0 if greedy else 1.0, seed=self.number, max_tokens=self.new, ignore_eos=True
+        )
+
+
+def cases(count: int, longest: int = 300, new: tuple[int, int] = (1, 80), seed: int = 0) -> list[Case]:
+    draw = random.Random(seed)
+    return [
+        Case(i, tuple(draw.randrange(256) for _ in range(draw.randrange(1, longest))), draw.randrange(*new))
+        for i in range(count)
+    ]
+
+
+@dataclass(slots=True)
+class Answer:
+    tokens: list[tuple[int, int]] = field(default_factory=list)  # index, id
+    error: str | None = None
+    first: float = 0.0  # seconds
+    gap: float = 0.0  # longest time between two messages, seconds
+
+
+async def ask(
+    channel: grpc.aio.Channel,
+    case: Case,
+    *,
+    timeout: float = 60.0,
+    salt: str | None = None,
+    on_token: OnToken | None = None,
+) -> Answer:
+    """``on_token`` is awaited with the number of tokens there are, after each message."""
+    loop = asyncio.get_running_loop()
+    request = pb.GenerateRequest(
+        model=MODEL,
+        tokens=pb.TokenIds(ids=case.prompt),
+        sampling=case.sampling,
+        cache_salt=f"s{next(_salts)}" if salt is None else salt,
+    )
+    answer, last = Answer(), loop.time()
+    try:
+        async for part in inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout):
+            now = loop.time()
+            if answer.tokens:
+                answer.gap = max(answer.gap, now - last)
+            else:
+                answer.first = now - last
+            last = now
+            answer.tokens += [(token.index, token.id) for token in part.tokens]
+            if on_token is not None:
+                await on_token(len(answer.tokens))
+    except grpc.aio.AioRpcError as error:
+        answer.error = f"{type(error_from_rpc(error)).__name__}: {error.details()}"
+    return answer
+
+
+@dataclass(slots=True)
+class Result:
+    """What a load came to."""
+
+    answers: list[Answer]
+    failed: list[str]
+    wrong: list[str]
+
+    @property
+    def longest_gap(self) -> float:
+        return max(answer.gap for answer in self.answers)
+
+    def assert_all_right(self) -> None:
+        assert not self.failed, f"{len(self.failed)} failed: {self.failed[:3]}"
+        assert not self.wrong, f"{len(self.wrong)} wrong: {self.wrong[:3]}"
+
+
+class Oracle:
+    """Cases and the answers of an undisturbed run."""
+
+    def __init__(self, known: Sequence[Case]) -> None:
+        self.cases = known
+        self.expected: dict[int, list[tuple[int, int]]] = {}
+
+    async def learn(self, channel: grpc.aio.Channel) -> None:
+        result = await self.run(channel, at_once=16)
+        assert not result.failed, result.failed
+        for case, answer in zip(self.cases, result.answers, strict=True):
+            assert [index for index, _ in answer.tokens] == list(range(case.new))
+            self.expected[case.number] = answer.tokens
+
+    async def run(
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        at_once: int = 16,
+        some: Sequence[Case] | None = None,
+        on_answer: Callable[[int], Awaitable[None]] | None = None,
+    ) -> Result:
+        """All cases, ``at_once`` at a time. ``on_answer`` is awaited with the number of answers so far."""
+        asked = self.cases if some is None else some
+        answers: list[Answer | None] = [None] * len(asked)
+        todo, done = iter(range(len(asked))), itertools.count(1)
+
+        async def work() -> None:
+            for i in todo:
+                answers[i] = await ask(channel, asked[i])
+                if on_answer is not None:
+                    await on_answer(next(done))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(work())
+        result = Result([a for a in answers if a is not None], [], [])
+        for case, answer in zip(asked, result.answers, strict=True):
+            self.judge(case, answer, result)
+        return result
+
+    def judge(self, case: Case, answer: Answer, into: Result) -> None:
+        expected = self.expected.get(case.number)
+        if answer.error is not None:
+            into.failed.append(f"case {case.number} after {len(answer.tokens)} tokens: {answer.error}")
+        elif expected is not None and answer.tokens != expected:
+            into.wrong.append(f"case {case.number}: {answer.tokens} instead of {expected}")
