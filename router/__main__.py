@@ -17,6 +17,7 @@ from router.orchestrator import Orchestrator
 from router.planner import Planner
 from router.policy import PolicyConfig
 from router.snapshot import ClusterView
+from router.vigil import Vigil
 from splitserve.children import tell_ready
 from splitserve.config import RouterConfig
 from splitserve.directory import Directory
@@ -28,6 +29,8 @@ from splitserve.process import run_process, stop_event
 from splitserve.v1 import inference_pb2_grpc
 
 log = logging.getLogger(__name__)
+
+_HEALTH_SECONDS = 0.5
 
 
 async def serve(config: RouterConfig) -> None:
@@ -53,18 +56,29 @@ async def serve(config: RouterConfig) -> None:
         http_server = HttpServer(app, config.host, config.port, grace=config.drain_timeout)
         try:
             async with asyncio.TaskGroup() as tasks, grpc_server, http_server:
-                following = tasks.create_task(backend.follow())
-                await grpc_server.ready()
+                watching = [
+                    tasks.create_task(backend.follow()),
+                    tasks.create_task(Vigil(channels, config.worker_timeout).keep()),
+                    tasks.create_task(_tell_health(backend, grpc_server)),
+                ]
                 tell_ready(config.ready_fd, {"http": http_server.url, "grpc": grpc_server.address})
                 log.info("ready", extra={"http": http_server.url, "grpc": grpc_server.address})
                 await stopping.wait()
                 log.info("draining", extra={"timeout": config.drain_timeout})
                 backend.drain()
-                following.cancel()
                 await asyncio.gather(grpc_server.stop(), http_server.close())
+                for task in watching:
+                    task.cancel()
         finally:
             await channels.close()
     log.info("stopped")
+
+
+async def _tell_health(backend: ClusterBackend, server: GrpcServer) -> None:
+    """gRPC health says what /ready says, a little later."""
+    while True:
+        await (server.not_ready() if backend.readiness() else server.ready())
+        await asyncio.sleep(_HEALTH_SECONDS)
 
 
 if __name__ == "__main__":

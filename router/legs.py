@@ -6,13 +6,15 @@ and keeps no request. Invariant: leaving a leg's block cancels its call, so that
 
 from __future__ import annotations
 
-from collections import Counter
+import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitserve.cluster import WorkerInfo
 from splitserve.errors import Unavailable
@@ -48,37 +50,96 @@ class Tokens:
     prompt_logprobs: tuple[Logprobs, ...]
 
 
+class Leg(Generic[_Event]):
+    """An open call to a worker."""
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall[Any, _Event]) -> None:
+        self._call = call
+        self._lost = False
+
+    def lose(self) -> None:
+        """The worker does not answer any more: whoever reads gets Unavailable, and late messages reach nobody."""
+        self._lost = True
+        self._call.cancel()
+
+    def cancel(self) -> None:
+        """The worker drops the work."""
+        self._call.cancel()
+
+    async def _read(self) -> _Event | None:
+        """The next message, or None at the end of the stream."""
+        try:
+            message = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._lost and task is not None and not task.cancelling():  # the call was cancelled, we were not
+                raise Unavailable("the worker has fallen silent") from None
+            raise
+        return None if message is grpc.aio.EOF else cast(_Event, message)
+
+
 class Channels:
     """One channel a worker address, opened at first use, closed when its worker has gone and no leg uses it."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._legs: Counter[str] = Counter()  # open ones, by address
+        self._legs: defaultdict[str, set[Leg[Any]]] = defaultdict(set)  # open ones, by address
+        self._asked: set[str] = set()  # addresses that `answers` waits for
 
     def to(self, worker: WorkerInfo) -> grpc.aio.Channel:
-        address = worker.grpc_address
-        if address not in self._channels:
-            self._channels[address] = open_channel(address)
-        return self._channels[address]
+        return self._at(worker.grpc_address)
 
     @contextmanager
-    def leg(self, worker: WorkerInfo) -> Iterator[grpc.aio.Channel]:
-        """The channel, kept open for the length of the block."""
-        self._legs[worker.grpc_address] += 1
+    def holding(self, worker: WorkerInfo, leg: Leg[Any]) -> Iterator[None]:
+        """Keeps the channel open for the length of the block, which is that of the leg."""
+        address = worker.grpc_address
+        self._legs[address].add(leg)
         try:
-            yield self.to(worker)
+            yield
         finally:
-            self._legs[worker.grpc_address] -= 1
+            leg.cancel()
+            self._legs[address].discard(leg)
+            if not self._legs[address]:
+                del self._legs[address]
+
+    def in_use(self) -> list[str]:
+        """Addresses that have open legs."""
+        return list(self._legs)
+
+    def lose(self, address: str) -> int:
+        """Ends all legs to ``address``; how many."""
+        legs = list(self._legs.get(address, ()))
+        for leg in legs:
+            leg.lose()
+        return len(legs)
+
+    async def answers(self, address: str, timeout: float) -> bool:
+        """Whether the process at ``address`` says anything at all, be it that it is not ready."""
+        stub = health_pb2_grpc.HealthStub(self._at(address))
+        self._asked.add(address)
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            return error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+        finally:
+            self._asked.discard(address)
+        return True
 
     async def keep(self, addresses: set[str]) -> None:
         """Closes the channels to all other addresses, but those that a leg still uses."""
-        for address in [a for a in self._channels if a not in addresses and not self._legs[a]]:
-            del self._legs[address]
+        for address in self._channels.keys() - addresses - self._legs.keys() - self._asked:
             await self._channels.pop(address).close()
 
     async def close(self) -> None:
-        self._legs.clear()
-        await self.keep(set())
+        while self._channels:
+            await self._channels.popitem()[1].close()
+
+    def _at(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = open_channel(address)
+        return self._channels[address]
 
     async def model(self, worker: WorkerInfo) -> ModelDescription:
         """Asks a worker what it serves."""
@@ -89,34 +150,28 @@ class Channels:
             raise error_from_rpc(error) from error
 
 
-class PrefillLeg:
+class PrefillLeg(Leg[pb.PrefillEvent]):
     """An open Prefill stream: first `handle`, then `first_token`."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillEvent]) -> None:
-        self._call = call
-
     async def handle(self) -> Handle:
-        event = await _read(self._call)
+        event = await self._read()
         if event is None or not event.HasField("accepted"):
             raise Unavailable("the prefill worker did not offer its blocks")
         return event.accepted.handle
 
     async def first_token(self) -> FirstToken:
-        event = await _read(self._call)
+        event = await self._read()
         if event is None or not event.HasField("done"):
             raise Unavailable("the prefill worker ended without a first token")
         return FirstToken(token_from_proto(event.done.token), event.done.cached_tokens)
 
 
-class DecodeLeg:
+class DecodeLeg(Leg[pb.DecodeEvent]):
     """An open Decode stream."""
-
-    def __init__(self, call: grpc.aio.UnaryStreamCall[pb.DecodeRequest, pb.DecodeEvent]) -> None:
-        self._call = call
 
     async def tokens(self) -> AsyncIterator[Tokens]:
         """Until the worker ends the stream."""
-        while (event := await _read(self._call)) is not None:
+        while (event := await self._read()) is not None:
             if event.HasField("tokens"):
                 message = event.tokens
                 yield Tokens(
@@ -131,13 +186,10 @@ async def open_prefill(
     channels: Channels, worker: WorkerInfo, sequence: SequenceRequest, timeout: float | None
 ) -> AsyncIterator[PrefillLeg]:
     """``timeout`` is what is left of the request's time, in seconds."""
-    with channels.leg(worker) as channel:
-        stub = worker_pb2_grpc.PrefillStub(channel)
-        call = stub.Prefill(pb.PrefillRequest(sequence=sequence_to_proto(sequence)), timeout=timeout)
-        try:
-            yield PrefillLeg(call)
-        finally:
-            call.cancel()
+    stub = worker_pb2_grpc.PrefillStub(channels.to(worker))
+    leg = PrefillLeg(stub.Prefill(pb.PrefillRequest(sequence=sequence_to_proto(sequence)), timeout=timeout))
+    with channels.holding(worker, leg):
+        yield leg
 
 
 @asynccontextmanager
@@ -145,20 +197,8 @@ async def open_decode(
     channels: Channels, worker: WorkerInfo, sequence: SequenceRequest, handle: Handle | None, timeout: float | None
 ) -> AsyncIterator[DecodeLeg]:
     """``handle`` says where the blocks come from; None: the worker computes what it has not cached."""
-    with channels.leg(worker) as channel:
-        stub = worker_pb2_grpc.DecodeStub(channel)
-        request = pb.DecodeRequest(sequence=sequence_to_proto(sequence), handle=handle)
-        call = stub.Decode(request, timeout=timeout)
-        try:
-            yield DecodeLeg(call)
-        finally:
-            call.cancel()
-
-
-async def _read(call: grpc.aio.UnaryStreamCall[Any, _Event]) -> _Event | None:
-    """The next message, or None at the end of the stream."""
-    try:
-        message = await call.read()
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-    return None if message is grpc.aio.EOF else cast(_Event, message)
+    stub = worker_pb2_grpc.DecodeStub(channels.to(worker))
+    request = pb.DecodeRequest(sequence=sequence_to_proto(sequence), handle=handle)
+    leg = DecodeLeg(stub.Decode(request, timeout=timeout))
+    with channels.holding(worker, leg):
+        yield leg

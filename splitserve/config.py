@@ -57,6 +57,7 @@ class RouterConfig:
     max_retries: int = 2  # legs of one request that are tried again
     max_concurrent_requests: int = 1024
     request_timeout: float = 600.0
+    worker_timeout: float = 2.0  # a worker that is silent for so long has lost its open requests
     drain_timeout: float = 30.0
     log: LogConfig = field(default_factory=LogConfig)
     ready_fd: int | None = None  # a pipe to tell a parent process that this one serves

@@ -108,6 +108,10 @@ DecodeOnlyTokens = Annotated[
 RequestTimeout = Annotated[
     float, _option("--request-timeout", help="Longest time for one request, in seconds.", min=0.001)
 ]
+WorkerTimeout = Annotated[
+    float,
+    _option("--worker-timeout", help="Seconds of silence after which a worker counts as lost.", min=0.1),
+]
 Port = Annotated[int, _option("--port", help="Port of the HTTP API; 0: any free one.", min=0, max=65535)]
 GrpcPort = Annotated[
     int, _option("--grpc-port", help="Port of the public gRPC API; 0: any free one.", min=0, max=65535)

@@ -22,6 +22,7 @@ def router(
     grpc_port: o.GrpcPort = 50051,
     decode_only_tokens: o.DecodeOnlyTokens = 64,
     request_timeout: o.RequestTimeout = 600.0,
+    worker_timeout: o.WorkerTimeout = 2.0,
     drain_timeout: o.DrainTimeout = 30.0,
     log_level: o.LogLevel = "info",
     log_json: o.LogJson = False,
@@ -38,6 +39,7 @@ def router(
             grpc_port=grpc_port,
             decode_only_tokens=decode_only_tokens,
             request_timeout=request_timeout,
+            worker_timeout=worker_timeout,
             drain_timeout=drain_timeout,
             log=LogConfig(log_level, log_json),
         )

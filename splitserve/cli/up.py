@@ -47,6 +47,7 @@ def up(
     max_waiting: o.MaxWaiting = 256,
     decode_only_tokens: o.DecodeOnlyTokens = 64,
     request_timeout: o.RequestTimeout = 600.0,
+    worker_timeout: o.WorkerTimeout = 2.0,
     drain_timeout: o.DrainTimeout = 30.0,
     log_level: o.LogLevel = "warning",
     log_json: o.LogJson = False,
@@ -61,6 +62,7 @@ def up(
         grpc_port=grpc_port,
         decode_only_tokens=decode_only_tokens,
         request_timeout=request_timeout,
+        worker_timeout=worker_timeout,
         drain_timeout=drain_timeout,
         log=LogConfig(log_level, log_json),
     )
