@@ -54,7 +54,7 @@ class Leg(Generic[_Event]):
     """An open call to a worker."""
 
     def __init__(self, call: grpc.aio.UnaryStreamCall[Any, _Event]) -> None:
-        self._call = call
+        self._call: grpc.aio.UnaryStreamCall[Any, _Event] = call
         self._lost = False
 
     def lose(self) -> None:
