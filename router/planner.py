@@ -1,6 +1,7 @@
 """From a request to a plan: asks the view who lives, the directory who has cached what, and the policy.
 
-Owns no state. Invariant: without the directory a plan is still made, as if nothing were cached.
+Owns what this router itself has sent where lately: blocks that are being computed count as cached for those who
+come next. Invariant: without the directory a plan is still made, from that alone.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from collections.abc import Collection, Mapping, Sequence
 
 from router.backend import GenerationRequest, ModelSpec
 from router.policy import Demand, Plan, PolicyConfig, plan
+from router.recent_prompts import RecentPrompts, either
 from router.snapshot import ClusterView
 from splitserve.cluster import WorkerState
 from splitserve.directory import Directory
 from splitserve.errors import Unavailable
-from splitserve.hashing import block_hashes, chain_root
+from splitserve.hashing import BlockHash, block_hashes, chain_root
 
 log = logging.getLogger(__name__)
+
+ANNOUNCE_SECONDS = 5.0  # from a first token until the directory surely knows the prompt's blocks
 
 
 class Planner:
@@ -25,6 +29,7 @@ class Planner:
         self._directory = directory
         self._view = view
         self._config = config
+        self._recent: RecentPrompts[BlockHash] = RecentPrompts()
 
     async def plan(
         self, request: GenerationRequest, spec: ModelSpec, tokens: Sequence[int], excluded: Collection[str]
@@ -34,31 +39,28 @@ class Planner:
         if pool is None or pool.fingerprint != spec.fingerprint:
             raise Unavailable(f"no worker of {spec.name} is ready")
         given = len(tokens) - len(request.prompt_tokens)
+        now = asyncio.get_running_loop().time()
         demand = Demand(
             tokens=len(tokens),
             max_new_tokens=max(1, (request.sampling.max_tokens or 1) - given),
-            seconds_left=None
-            if request.deadline is None
-            else request.deadline - asyncio.get_running_loop().time(),
+            seconds_left=None if request.deadline is None else request.deadline - now,
         )
         states = pool.states
         if request.sampling.prompt_logprobs is not None:
             # log probabilities of a prompt need all of it computed, and only decode events carry them
             states = tuple(s for s in states if s.info.role == "decode")
             return plan(demand, {}, states, self._config, excluded)
-        owned = await self._owned(request, spec, tokens, states)
-        return plan(demand, owned, states, self._config, excluded)
-
-    async def _owned(
-        self,
-        request: GenerationRequest,
-        spec: ModelSpec,
-        tokens: Sequence[int],
-        states: Sequence[WorkerState],
-    ) -> Mapping[str, int]:
-        """Leading blocks of the sequence that each worker has, in one round trip."""
         root = chain_root(bytes.fromhex(spec.fingerprint), request.cache_salt)
         hashes = block_hashes(root, tokens, spec.block_tokens)
+        owned = either(await self._owned(hashes, states), self._recent.longest_prefix(hashes, now))
+        chosen = plan(demand, owned, states, self._config, excluded)
+        if chosen.prefill is not None:
+            until = now + chosen.first_token_seconds + ANNOUNCE_SECONDS
+            self._recent.add(chosen.prefill.info.id, hashes, until)
+        return chosen
+
+    async def _owned(self, hashes: Sequence[BlockHash], states: Sequence[WorkerState]) -> Mapping[str, int]:
+        """Leading blocks of the sequence that each worker has, in one round trip."""
         if not hashes or self._view.stale:
             return {}
         try:

@@ -26,6 +26,9 @@ class PolicyConfig:
     max_waiting: int = 256  # requests queued on one worker
     expected_answer_tokens: int = 128  # longer ones seldom are: what is asked for is a limit
     kv_weight: float = 1.0  # a full pool counts like tokens that take 1 + kv_weight times as long
+    compute_weight: float = (
+        5.0  # a token computed holds up those who come later too: it costs more than one waited for
+    )
     tie: float = 0.02  # costs this close, relatively, are equal
     default_prefill_tokens_per_second: float = 2000.0
     default_decode_step_seconds: float = 0.02
@@ -119,7 +122,7 @@ def plan(
     return Plan(start.worker, decode, start.uncached_tokens, 0, blocks, start.seconds)
 
 
-def predicted_first_token(tokens: int, state: WorkerState, config: PolicyConfig) -> float:
+def predicted_first_token(tokens: float, state: WorkerState, config: PolicyConfig) -> float:
     """Seconds until ``state`` has computed ``tokens`` more behind what is queued."""
     speed = state.load.prefill_tokens_per_second or config.default_prefill_tokens_per_second
     return (state.load.queued_tokens + tokens) / speed
@@ -162,16 +165,18 @@ def _best_prefill(
     config: PolicyConfig,
     rng: random.Random,
 ) -> _Start | None:
-    """The least predicted time to the first token; full workers only if all are."""
+    """The least waiting and weighted computing; full workers only if all are."""
     if not prefillers:
         return None
     open_ones = [p for p in prefillers if p.load.num_waiting < config.max_waiting]
 
-    def seconds(state: WorkerState) -> float:
-        return predicted_first_token(_uncached(demand, owned_blocks, state), state, config)
+    def cost(state: WorkerState) -> float:
+        tokens = config.compute_weight * _uncached(demand, owned_blocks, state)
+        return predicted_first_token(tokens, state, config)
 
-    best = _least(open_ones or prefillers, seconds, config, rng)
-    return _Start(best, _uncached(demand, owned_blocks, best), seconds(best))
+    best = _least(open_ones or prefillers, cost, config, rng)
+    uncached = _uncached(demand, owned_blocks, best)
+    return _Start(best, uncached, predicted_first_token(uncached, best, config))
 
 
 def _start(

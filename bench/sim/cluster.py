@@ -21,7 +21,7 @@ class SimulatedCluster:
     """``prefills`` and ``decodes`` workers behind one router. ``heartbeat``: seconds between two."""
 
     def __init__(
-        self, prefills: int, decodes: int, hardware: Hardware, rule: Rule, heartbeat: float = 0.5
+        self, prefills: int, decodes: int, hardware: Hardware, rule: Rule, heartbeat: float = 1.0
     ) -> None:
         self.clock = Clock()
         self.outcomes: list[Outcome] = []

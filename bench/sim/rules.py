@@ -22,7 +22,9 @@ from typing import Protocol
 
 from bench.sim.cache import Index
 from bench.sim.model import BLOCK_TOKENS, Hardware, Request
+from router.planner import ANNOUNCE_SECONDS
 from router.policy import Demand, PolicyConfig, plan
+from router.recent_prompts import RecentPrompts, either
 from splitserve.cluster import Role, WorkerInfo, WorkerLoad, WorkerState
 
 
@@ -158,6 +160,7 @@ class SplitServe:
         self._rng = rng
         self._config = config or PolicyConfig()
         self._infos: list[WorkerInfo] = []
+        self._recent: RecentPrompts[int] = RecentPrompts()
 
     def choose(self, request: Request, view: View) -> Choice:
         if not self._infos:
@@ -166,15 +169,22 @@ class SplitServe:
             WorkerState(info, _with_sent(load, sent))
             for info, load, sent in zip(self._infos, view.measured, view.since, strict=True)
         ]
-        owned = view.index.longest_prefix(request.blocks)
+        known = view.index.longest_prefix(request.blocks)
         chosen = plan(
             Demand(request.input_tokens, request.output_tokens),
-            {self._infos[number].id: blocks for number, blocks in owned.items()},
+            either(
+                {self._infos[number].id: blocks for number, blocks in known.items()},
+                self._recent.longest_prefix(request.blocks, request.time),
+            ),
             states,
             self._config,
             rng=self._rng,
         )
-        prefill = None if chosen.prefill is None else int(chosen.prefill.info.id)
+        prefill = None
+        if chosen.prefill is not None:
+            until = request.time + chosen.first_token_seconds + ANNOUNCE_SECONDS
+            self._recent.add(chosen.prefill.info.id, request.blocks, until)
+            prefill = int(chosen.prefill.info.id)
         return Choice(prefill, int(chosen.decode.info.id) - view.prefills)
 
 

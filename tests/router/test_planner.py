@@ -61,6 +61,12 @@ async def test_blocks_that_a_worker_owns_need_no_computing(
     assert (await planner.plan(request(), spec, TOKENS, ())).uncached_prefill == 100 - 4 * 16
 
 
+async def test_a_prompt_that_is_being_computed_counts_as_cached(planner: Planner, spec: ModelSpec) -> None:
+    await planner.plan(request(), spec, TOKENS, ())
+    plan = await planner.plan(request(), spec, TOKENS, ())
+    assert plan.prefill is not None and plan.uncached_prefill == 100 - 6 * 16
+
+
 async def test_a_prompt_that_the_decode_worker_knows_skips_the_prefill_worker(
     planner: Planner, spec: ModelSpec, directory: Directory, workers: list[WorkerInfo]
 ) -> None:

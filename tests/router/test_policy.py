@@ -77,6 +77,13 @@ CHOICES: list[tuple[str, list[WorkerState], int, dict[str, int], tuple[str | Non
     ),
     ("cached on a prefill worker", [worker("p0"), worker("p1"), worker("d0")], 1024, {"p1": 60}, ("p1", "d0")),
     (
+        "cached, and the queue costs less than computing again, for all who come later",
+        [worker("p0"), loaded("p1", queued_tokens=4000), worker("d0")],
+        1024,
+        {"p1": 60},
+        ("p1", "d0"),
+    ),
+    (
         "cached, but behind a long queue",
         [worker("p0"), loaded("p1", queued_tokens=5000), worker("d0")],
         1024,
