@@ -25,7 +25,7 @@ from bench.report import save
 from bench.sim.cluster import SimulatedCluster
 from bench.sim.model import Hardware, Limits, Outcome, Report, requests_of
 from bench.sim.rules import RULES, Rule
-from bench.trace import TraceEntry, copied, read_trace
+from bench.trace import TraceEntry, copied, read_trace, turned
 from splitserve.errors import ConfigError
 
 MakeRule = Callable[[random.Random], Rule]
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ttft", type=float, default=10.0, help="limit in seconds")
     p.add_argument("--tpot", type=float, default=0.05, help="limit in seconds")
     p.add_argument("--rules", nargs="+", help="names, or parts of them; default: all")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="0: the trace as recorded; others begin elsewhere in it")
     p.add_argument("--result-filename", type=Path)
     hardware = p.add_argument_group("hardware of one worker")
     for known in fields(Hardware):
@@ -173,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 0; raises ConfigError."""
     options = parser().parse_args(arguments)
     hardware = replace(Hardware(), **{known.name: getattr(options, known.name) for known in fields(Hardware)})
-    entries = copied(read_trace(options.trace, options.requests), options.copies, options.seed)
+    recorded = read_trace(options.trace, options.requests)
+    entries = turned(copied(recorded, options.copies, options.seed), options.seed)
     limits = Limits(options.ttft, options.tpot)
     makers = {make(random.Random()).name: make for make in RULES}
     chosen = {

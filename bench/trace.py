@@ -87,6 +87,17 @@ def copied(entries: Sequence[TraceEntry], copies: int, seed: int) -> list[TraceE
     return sorted(result, key=lambda entry: entry.time)
 
 
+def turned(entries: Sequence[TraceEntry], seed: int) -> list[TraceEntry]:
+    """The trace from another point on, going round; as recorded for seed 0."""
+    span = max((entry.time for entry in entries), default=0.0)
+    shift = random.Random(seed).uniform(0.0, span) if seed and span else 0.0
+    if not shift:
+        return list(entries)
+    return sorted(
+        (replace(entry, time=(entry.time + shift) % span) for entry in entries), key=lambda entry: entry.time
+    )
+
+
 def block_of(blocks: Sequence[int], index: int) -> int:
     """Id of block ``index`` of a prompt; negative numbers for blocks that the trace does not name."""
     return blocks[index] if index < len(blocks) else ~index

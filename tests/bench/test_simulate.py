@@ -16,7 +16,7 @@ from bench.sim.cluster import SimulatedCluster
 from bench.sim.model import BLOCK_TOKENS, Hardware, Limits, Report, Request, requests_of
 from bench.sim.rules import RULES, Choice, Rule, View
 from bench.simulate import simulate, workers_needed
-from bench.trace import TraceEntry, copied
+from bench.trace import TraceEntry, copied, turned
 
 HARDWARE = Hardware(pool_tokens=200 * BLOCK_TOKENS)
 LIMITS = Limits(ttft=5.0, tpot=0.05)
@@ -156,6 +156,15 @@ def test_copies_share_nothing_and_keep_the_span() -> None:
     own = {block for entry in entries for block in entry.blocks}
     foreign = [entry for entry in twice if not own & set(entry.blocks)]
     assert len(foreign) == len(entries)
+
+
+def test_a_turned_trace_has_the_same_requests_in_order_of_time() -> None:
+    entries = conversations(5, 2)
+    assert turned(entries, 0) == entries
+    other = turned(entries, 1)
+    assert other != entries
+    assert sorted(e.blocks for e in other) == sorted(e.blocks for e in entries)
+    assert [e.time for e in other] == sorted(e.time for e in other)
 
 
 @given(
