@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -17,7 +18,7 @@ import grpc.aio
 from engine import AsyncEngine, EngineOutput, EngineRequest
 from kvtransfer import KvHandle, PullClient, Transport
 from splitserve.agent import WorkerAgent
-from splitserve.cluster import Role
+from splitserve.cluster import Role, WorkerLoad
 from splitserve.directory_records import TransferRecord, TransferState
 from splitserve.errors import Incompatible, TransferFailed
 from splitserve.layout import KVLayout
@@ -63,6 +64,9 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
     def join(self, agent: WorkerAgent) -> None:
         self._pulls.join(agent.info.epoch)
         self._agent = agent
+
+    def complete(self, load: WorkerLoad) -> WorkerLoad:
+        return replace(load, transfer_bytes_per_second=self._pulls.bytes_per_second)
 
     async def close(self) -> None:
         await self._pulls.close()

@@ -26,6 +26,8 @@ from splitserve.layout import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
+RECENT = 0.2  # weight of the latest pull in the average bandwidth
+
 
 @dataclass(frozen=True, slots=True)
 class PullResult:
@@ -64,6 +66,7 @@ class PullClient:
         self._pulls: set[asyncio.Task[PullResult]] = set()
         self._idle = IdleConnections()
         self._closed = False
+        self.bytes_per_second = 0.0  # recent average while blocks were there; 0 before the first pull
 
     async def close(self) -> None:
         """Cancels the pulls under way; returns when none of them writes any more. Idempotent."""
@@ -141,6 +144,9 @@ class PullClient:
             logger.warning("%s", failure, extra=extra)
             raise failure from error
         count = len(block_ids) * self._memory.block_bytes
+        if count:
+            last = self.bytes_per_second or pulling.bandwidth
+            self.bytes_per_second = last + RECENT * (pulling.bandwidth - last)
         self._observer.pull_finished(transport.name, seconds, count)
         logger.info(
             "pulled %d blocks from %s over %s (available: %s) in %.1f ms: %.2f GB/s while blocks were there",

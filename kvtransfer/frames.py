@@ -2,6 +2,7 @@
 
 Knows no connection and no pool. Every frame starts with a header that names the transfer and the incarnations
 of both workers; a HELLO is followed by HELLO_OK and a PULL, everything else by whom it concerns.
+The last four bytes are the CRC32C of the others: a first token with a flipped bit is as wrong as a block with one.
 Invariant: ``decode(encode(stamp, frame)) == (stamp, frame)``, and ``decode`` of any bytes whatsoever returns a
 frame or raises ProtocolError.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
+
+import crc32c
 
 from kvtransfer.faults import ProtocolError, Reason
 from kvtransfer.transport import MAX_FRAME
@@ -29,6 +32,7 @@ _RESEND = struct.Struct("<IB")
 _END = struct.Struct("<IB")
 _CANCEL = struct.Struct("<B")
 _ERROR = struct.Struct("<B")
+_CHECKSUM = struct.Struct("<I")
 _REASONS = list(Reason)  # an ERROR names its reason by place; append only
 
 
@@ -143,21 +147,25 @@ _KINDS: tuple[type, ...] = (Hello, HelloOk, Pull, Ready, Resend, Heartbeat, End,
 def encode(stamp: Stamp, frame: Frame) -> bytes:
     """At most ``MAX_FRAME`` bytes."""
     body = _encode_body(frame)
-    length = _HEADER.size + len(body)
+    length = _HEADER.size + len(body) + _CHECKSUM.size
     assert length <= MAX_FRAME
     kind = _KINDS.index(type(frame))
-    return _HEADER.pack(kind, length, stamp.transfer_id, stamp.source_epoch, stamp.puller_epoch) + body
+    data = _HEADER.pack(kind, length, stamp.transfer_id, stamp.source_epoch, stamp.puller_epoch) + body
+    return data + _CHECKSUM.pack(crc32c.crc32c(data))
 
 
 def decode(data: bytes) -> tuple[Stamp, Frame]:
     """ProtocolError if ``data`` is not exactly one frame."""
-    if len(data) < _HEADER.size:
+    end = len(data) - _CHECKSUM.size
+    if end < _HEADER.size:
         raise ProtocolError(f"a frame of {len(data)} bytes")
     kind, length, transfer_id, source_epoch, puller_epoch = _HEADER.unpack_from(data)
     if length != len(data) or kind >= len(_KINDS):
         raise ProtocolError(f"a frame of kind {kind} and {len(data)} bytes says that it has {length}")
+    if _CHECKSUM.unpack_from(data, end) != (crc32c.crc32c(data[:end]),):
+        raise ProtocolError(f"a {_KINDS[kind].__name__} frame that was damaged on its way")
     try:
-        frame = _decode_body(_KINDS[kind], data[_HEADER.size :])
+        frame = _decode_body(_KINDS[kind], data[_HEADER.size : end])
     except (struct.error, UnicodeDecodeError, ValueError, IndexError) as error:
         raise ProtocolError(f"a malformed {_KINDS[kind].__name__} frame: {error}") from error
     return Stamp(transfer_id, source_epoch, puller_epoch), frame

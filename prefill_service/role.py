@@ -17,7 +17,7 @@ import grpc.aio
 from engine import AsyncEngine, EngineOutput, EngineRequest
 from kvtransfer import BlockServer, KvHandle, Publication, Transport
 from splitserve.agent import WorkerAgent
-from splitserve.cluster import Role
+from splitserve.cluster import Role, WorkerLoad
 from splitserve.directory_records import TransferRecord, TransferState
 from splitserve.layout import KVLayout
 from splitserve.logs import ContextLogger, request_logger
@@ -66,6 +66,9 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
     def join(self, agent: WorkerAgent) -> None:
         self._blocks.join(agent.info.epoch)
         self._agent = agent
+
+    def complete(self, load: WorkerLoad) -> WorkerLoad:
+        return load  # pullers measure the transfers
 
     async def close(self) -> None:
         await self._blocks.close()  # releases every publication

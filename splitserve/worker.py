@@ -83,6 +83,10 @@ class WorkerRole(Protocol):
         """The directory knows this incarnation; requests may come now."""
         ...
 
+    def complete(self, load: WorkerLoad) -> WorkerLoad:
+        """The engine's load with what the role's transfers have measured."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -144,7 +148,13 @@ async def run_worker(
             )
             async with server:
                 info = _info(config, description, engine, server.port, await role.start())
-                agent = WorkerAgent(directory, info, engine.load, engine.take_block_events, engine.known_hashes)
+                agent = WorkerAgent(
+                    directory,
+                    info,
+                    lambda: role.complete(engine.load()),
+                    engine.take_block_events,
+                    engine.known_hashes,
+                )
                 async with agent:
                     role.join(agent)
                     await server.ready()

@@ -95,7 +95,13 @@ async def running_role(
         grpc_server = GrpcServer("127.0.0.1", 0, [servicer.service], servicer.register, grace=0)
         await stack.enter_async_context(grpc_server)
         if joined:
-            agent = WorkerAgent(directory, info, engine.load, engine.take_block_events, engine.known_hashes)
+            agent = WorkerAgent(
+                directory,
+                info,
+                lambda: servicer.complete(engine.load()),
+                engine.take_block_events,
+                engine.known_hashes,
+            )
             await stack.enter_async_context(agent)
             servicer.join(agent)
         channel = await stack.enter_async_context(open_channel(grpc_server.address))

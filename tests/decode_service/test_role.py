@@ -11,7 +11,7 @@ import pytest
 
 from engine import EngineRequest
 from kvtransfer import BlockMemory, BlockServer, MemoryTransport, Publication, Reason
-from splitserve.cluster import Role, WorkerInfo
+from splitserve.cluster import Role, WorkerInfo, WorkerLoad
 from splitserve.directory import Directory
 from splitserve.errors import Incompatible, SplitServeError, TransferFailed, Unavailable
 from splitserve.grpc_errors import error_from_rpc
@@ -115,6 +115,16 @@ async def test_a_handle_with_another_number_of_blocks_is_refused(
 ) -> None:
     error = await refused(call(worker, source.publish(blocks)))
     assert isinstance(error, Incompatible) and f"a handle of {blocks} blocks" in error.message
+    await idle(worker)
+
+
+async def test_its_load_tells_how_fast_blocks_arrived(worker: RunningRole, source: BlockServer) -> None:
+    assert worker.role.complete(WorkerLoad(num_running=3)) == WorkerLoad(num_running=3)
+    publication = source.publish(BLOCKS)
+    publication.ready(range(BLOCKS))
+    publication.finish(1, False)
+    await tokens_of(call(worker, publication))
+    assert worker.role.complete(WorkerLoad()).transfer_bytes_per_second > 0
     await idle(worker)
 
 

@@ -36,6 +36,7 @@ async def test_a_whole_pull_is_bit_identical_and_every_byte_is_counted(make_pair
         assert not pair.target[:COUNT].any() and not pair.target[2 * COUNT :].any()
         assert await publication.released() is ReleaseReason.PULLED
         assert pair.observer.finished == 1
+        assert pair.client.bytes_per_second > 0, "measured, for the directory"
 
 
 async def test_blocks_arrive_before_the_computation_ends(make_pair: MakePair) -> None:
