@@ -1,7 +1,7 @@
-"""Transfers whose frames and payloads are damaged, lost, doubled, overtaken or replayed: nothing wrong is accepted.
+"""Transfers whose frames and payloads are damaged, lost, doubled, overtaken or replayed: nothing wrong passes.
 
-Seeded and in one process, so that a thousand of them take seconds. The source's side breaks; what a failed pull did
-not bring, the engine computes again. Here what is called good must be good, and nothing may stay held.
+Seeded and in one process, so that a thousand of them take seconds. The source's side breaks; what a failed pull
+did not bring, the engine computes again. What is called good must be good, and nothing may stay held.
 """
 
 from __future__ import annotations
