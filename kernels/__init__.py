@@ -19,14 +19,17 @@ logger = logging.getLogger(__name__)
 def load_kernels(device: str = "cpu", name: str = "auto") -> Kernels:
     """A backend that runs on ``device`` ("cpu", "cuda" or "cuda:N").
 
-    ``name``: "reference" (torch), "cpu" (native), or "auto", the best one: native on a CPU if it can be built,
-    else the reference, and a log line says why. ``SPLITSERVE_CPU_ISA`` forces an instruction set of the native
-    backend. Raises ValueError for an unknown name, BuildError if "cpu" can't be built.
+    ``name``: "reference" (torch), "cpu" (native), "triton", or "auto", the best one: Triton on a GPU, native on a
+    CPU if it can be built, else the reference, and a log line says why. ``SPLITSERVE_CPU_ISA`` forces an
+    instruction set of the native backend. Raises ValueError for an unknown name or device, BuildError if "cpu"
+    can't be built.
     """
-    if name not in ("auto", "cpu", "reference"):
-        raise ValueError(f"unknown kernels {name!r}; there are auto, cpu and reference")
-    if name == "reference" or (name == "auto" and device != "cpu"):
+    if name not in ("auto", "cpu", "reference", "triton"):
+        raise ValueError(f"unknown kernels {name!r}; there are auto, cpu, reference and triton")
+    if name == "reference":
         return ReferenceKernels()
+    if name == "triton" or (name == "auto" and device != "cpu"):
+        return _triton(device, required=name == "triton")
     from kernels.cpu.backend import CpuKernels
     from kernels.cpu.build import BuildError
 
@@ -39,3 +42,14 @@ def load_kernels(device: str = "cpu", name: str = "auto") -> Kernels:
         return ReferenceKernels()
     logger.info("native CPU kernels: %s, %d threads", kernels.isa, kernels.threads)
     return kernels
+
+
+def _triton(device: str, *, required: bool) -> Kernels:
+    try:
+        from kernels.triton.backend import TritonKernels
+    except ImportError as error:
+        if required:
+            raise ValueError(f"the Triton kernels need the package triton: {error}") from error
+        logger.warning("Triton is not installed, using the torch reference: %s", error)
+        return ReferenceKernels()
+    return TritonKernels(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +20,9 @@ from splitserve.models import cache_dir, resolve_model
 from splitserve.redis_client import RedisClient
 from splitserve.redis_server import PrivateRedis
 from splitserve.text import Tokenizer
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks once, when it is first imported
 
 
 @pytest.fixture(scope="session")

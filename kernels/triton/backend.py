@@ -1,0 +1,66 @@
+"""The Triton backend: the interface of :mod:`kernels.interface` on one NVIDIA GPU.
+
+Owns the device's tuning. Linear layers are torch's. Invariant: no call waits for
+the device or reads from it, so all may be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.interface import AttentionBatch, SampleParams
+from kernels.reference import ReferenceKernels
+from kernels.triton import decode, prefill, rope, rows, sampling
+from kernels.triton.tuning import INTERPRETER, Device, Shape, Tuning
+
+
+class TritonKernels(ReferenceKernels):
+    """``device``: a GPU; "cpu" only in Triton's interpreter. ``tuning``: by default the device's file."""
+
+    name = "triton"
+    capturable = True
+
+    def __init__(self, device: str = "cuda", tuning: Tuning | None = None) -> None:
+        interpreted = device == "cpu"
+        if interpreted and not triton.knobs.runtime.interpret:
+            raise ValueError("the Triton kernels need a GPU, or TRITON_INTERPRET=1 in the environment")
+        self.tuning = tuning or Tuning.load(INTERPRETER if interpreted else Device.cuda(torch.device(device)))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rows.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rows.add_rms_norm(x, residual, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return rows.silu_mul(gate_up)
+
+    def sample(self, logits: Tensor, params: SampleParams) -> Tensor:
+        return sampling.sample(logits, params)
+
+    def rope_kv_write(
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch
+    ) -> None:
+        rope.rope_kv_write(q, k, v, cos_sin, kv, layer, batch.positions, batch.slots)
+
+    def paged_attention(self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
+        num_rows, heads, head_dim = q.shape
+        shape = Shape(head_dim, heads // kv.shape[1], kv.shape[4], _name(q.dtype), _name(kv.dtype))
+        out = torch.empty((num_rows, heads * head_dim), dtype=q.dtype, device=q.device)
+        singles, tables, contexts = batch.num_decodes, batch.block_tables, batch.context_lens
+        if singles > 0:
+            cut = self.tuning.decode(shape)
+            programs = cut.programs * self.tuning.device.multiprocessors
+            decode.decode(q, kv, layer, tables[:singles], contexts[:singles], scale, out, cut, programs)
+        if singles < contexts.shape[0]:
+            prefill.prefill(
+                q, kv, layer, tables[singles:], batch.query_start[singles:], contexts[singles:], scale, out,
+                num_rows - singles, self.tuning.prefill(shape),
+            )  # fmt: skip
+        return out
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
