@@ -11,7 +11,7 @@ class EngineConfig:
 
     model: str  # directory, .gguf file, hub id or alias
     dtype: str = "auto"  # "auto" (bfloat16), "float32" or "bfloat16"; weights, activations and KV
-    quantization: str | None = None  # "int8": weights of linear layers, rounded as they are loaded
+    quantization: str | None = None  # "int8" or "fp8": weights of linear layers, rounded as they are loaded
     max_model_len: int | None = None  # tokens; None: what the model was trained for
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 512  # rows in one step: the chunk size of chunked prefill
@@ -19,8 +19,11 @@ class EngineConfig:
     kv_cache_memory: int | None = None  # bytes; None: a share of the free memory
     enable_prefix_caching: bool = True
     threads: int | None = None  # None: one for each core that the process may use
+    device: str = "cpu"  # "auto" (a GPU that serves, else the CPU), "cpu", "cuda" or "cuda:N"
+    gpu_memory_utilization: float = 0.9  # of the GPU's memory, for all that this process keeps there
     kernels: str = "auto"  # backend of `kernels.load_kernels`
 
     def __post_init__(self) -> None:
         assert self.block_tokens in (16, 32)
+        assert 0 < self.gpu_memory_utilization <= 1
         assert self.max_num_seqs > 0 and self.max_num_batched_tokens >= self.max_num_seqs

@@ -13,17 +13,15 @@ from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.runner import Runner
-from engine.sampler import sample
+from engine.runner import Launched, Runner
+from engine.sampler import Sampled, drawable
 from engine.scheduler import Scheduled, Scheduler
 from engine.sequence import EngineOutput, EngineRequest, Sequence, Status
 from engine.stats import EngineStats
 from engine.weights import ModelFiles
 from splitserve.errors import InvalidRequest
 from splitserve.hashing import BlockHash, chain_root
-from splitserve.sampling import Logprobs, TokenOutput
-
-Sampled = tuple[int, Logprobs | None]
+from splitserve.sampling import TokenOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +43,19 @@ class StepResult:
     failed: list[tuple[str, str]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step under way."""
+
+    scheduled: list[Scheduled]
+    launched: Launched
+    start: float
+
+
 class Engine:
-    def __init__(self, config: EngineConfig, files: ModelFiles) -> None:
+    def __init__(self, config: EngineConfig, files: ModelFiles, runner: Runner | None = None) -> None:
         self.config = config
-        self.runner = Runner(config, files)
+        self.runner = runner or Runner(config, files)
         self.pool = BlockPool(self.runner.num_blocks, caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
@@ -61,6 +68,9 @@ class Engine:
         self.max_model_len = self.runner.max_model_len
         self._eos_ids = frozenset(files.config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
+        self._flight: _Flight | None = None
+        self._reserved: list[Reservation] = []  # not yet told
+        self._collected = 0.0  # when the last step was
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -69,7 +79,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._flight)
 
     def warm_up(self) -> None:
         speed = self.runner.warm_up(self.config.max_num_batched_tokens)
@@ -136,7 +146,7 @@ class Engine:
         elif not (sequence.export and sequence.status is Status.HELD):
             if loaded_tokens is not None and sequence.status is Status.LOADING:
                 assert loaded_tokens <= len(sequence.tokens)
-                self.scheduler.advance(sequence, max(0, loaded_tokens - sequence.num_computed))
+                self.scheduler.advance(sequence, loaded_tokens)
             self._remove(sequence)
 
     def release(self, request_id: str) -> None:
@@ -146,26 +156,15 @@ class Engine:
             self._remove(sequence)
 
     def step(self) -> StepResult:
-        start = time.monotonic()
-        scheduled, loading = self.scheduler.schedule()
-        for sequence in (*loading, *(item.sequence for item in scheduled)):
-            self._note_first_step(sequence, start)
-        reserved = [Reservation(s.id, tuple(s.blocks), s.num_cached) for s in loading]
-        if not scheduled:
+        """Collects one step. On a device with a queue the next one is launched before that."""
+        flight = self._flight or self._launch(None)
+        self._flight = None
+        reserved, self._reserved = self._reserved, []
+        if flight is None:
             return StepResult(False, [], reserved, [])
-        sequences, logits = self.runner.run(scheduled)
-        sampled = dict(zip((s.id for s in sequences), sample(logits, sequences), strict=True)) if sequences else {}
-        self._record(scheduled, time.monotonic() - start)
-        outputs, failed = [], []
-        for item in scheduled:
-            token = sampled.get(item.sequence.id)
-            if item.sequence.id in sampled and token is None:  # nothing of this step may enter the prefix cache
-                failed.append((item.sequence.id, "the model's output is not finite for this request"))
-                self._remove(item.sequence)
-                continue
-            self.scheduler.advance(item.sequence, item.num_tokens)
-            if token is not None or item.sequence.export:
-                outputs.append((item.sequence.id, self._output(item.sequence, token)))
+        if self._may_run_ahead(flight):
+            self._flight = self._launch(flight)
+        outputs, failed = self._collect(flight)
         return StepResult(True, outputs, reserved, failed)
 
     def fail_running(self) -> list[str]:
@@ -173,7 +172,53 @@ class Engine:
         ids = [s.id for s in self.scheduler.running]
         for request_id in ids:
             self._remove(self._sequences[request_id])
+        for sequence in list(self.scheduler.leaving):
+            self.scheduler.let_go(sequence)
+        self._flight = None
         return ids
+
+    def _may_run_ahead(self, flight: _Flight) -> bool:
+        """Whether the next step needs nothing that only the end of this one will tell."""
+        return (
+            self.runner.runs_ahead
+            and (flight.launched.drawn is not None or not flight.launched.sequences)
+            and self.scheduler.may_run_ahead
+            and all(drawable(s) for s in self.scheduler.running)
+        )
+
+    def _launch(self, before: _Flight | None) -> _Flight | None:
+        start = time.monotonic()
+        scheduled, loading = self.scheduler.schedule()
+        for sequence in (*loading, *(item.sequence for item in scheduled)):
+            self._note_first_step(sequence, start)
+        self._reserved += [Reservation(s.id, tuple(s.blocks), s.num_cached) for s in loading]
+        if not scheduled:
+            return None
+        launched = self.runner.launch(scheduled, before.launched if before else None)
+        for item in scheduled:
+            self.scheduler.start(item)
+        return _Flight(scheduled, launched, start)
+
+    def _collect(self, flight: _Flight) -> tuple[list[tuple[str, EngineOutput]], list[tuple[str, str]]]:
+        sampled = dict(zip(flight.launched.sequences, self.runner.collect(flight.launched), strict=True))
+        now = time.monotonic()
+        self._record(flight.scheduled, now - max(flight.start, self._collected))
+        self._collected = now
+        outputs, failed = [], []
+        for item in flight.scheduled:
+            sequence = item.sequence
+            self.scheduler.settle(item)
+            if sequence.status is not Status.RUNNING:  # ended while the step was under way
+                continue
+            token = sampled.get(sequence)
+            if item.samples and token is None:  # nothing of this step may enter the prefix cache
+                failed.append((sequence.id, "the model's output is not finite for this request"))
+                self._remove(sequence)
+                continue
+            self.scheduler.advance(sequence, item.end)
+            if token is not None or sequence.export:
+                outputs.append((sequence.id, self._output(item, token)))
+        return outputs, failed
 
     def take_events(self) -> dict[BlockHash, bool]:
         """Blocks filled (True) and evicted (False) since the last call."""
@@ -185,7 +230,8 @@ class Engine:
         in_scheduler += [*self.scheduler.loading, *self.scheduler.held]
         assert sorted(s.id for s in in_scheduler) == sorted(self._sequences)
 
-    def _output(self, sequence: Sequence, sampled: Sampled | None) -> EngineOutput:
+    def _output(self, item: Scheduled, sampled: Sampled | None) -> EngineOutput:
+        sequence = item.sequence
         tokens: tuple[TokenOutput, ...] = ()
         finished = False
         if sampled is not None:
@@ -197,7 +243,7 @@ class Engine:
         first = sequence.num_generated <= 1 or sequence.export
         output = EngineOutput(
             tokens=tokens,
-            num_computed=sequence.num_computed,
+            num_computed=item.end,
             blocks=tuple(sequence.blocks) if sequence.export else (),
             cached_tokens=sequence.num_cached,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,

@@ -45,6 +45,7 @@ class ModelConfig:
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)  # temperature, top_p, top_k, …
+    quantization: str | None = None  # of the weights as stored: "fp8"
 
 
 def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
@@ -54,8 +55,6 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         raise ConfigError(
             f"architecture {architecture} is not supported; supported are {', '.join(_HF_ARCHITECTURES)}"
         )
-    if config.get("quantization_config"):
-        raise ConfigError("quantised safetensors checkpoints are not supported; use the unquantised model or GGUF")
     qkv_bias, qk_norm = _HF_ARCHITECTURES[architecture]
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
@@ -87,6 +86,7 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         rope_scaling=rope,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
         generation_defaults=_sampling_defaults(generation),
+        quantization=_stored_quantization(config.get("quantization_config") or {}),
     )
 
 
@@ -137,3 +137,27 @@ def from_gguf(fields: Mapping[str, Any], vocab_size: int, tensors: frozenset[str
 def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     return {name: generation[name] for name in names if generation.get(name) is not None}
+
+
+def _stored_quantization(found: Mapping[str, Any]) -> str | None:
+    """compressed-tensors: fp8 weights with a scale for each output or tensor, activations rounded as they come."""
+    if not found:
+        return None
+    groups = list((found.get("config_groups") or {}).values())
+    if found.get("quant_method") == "compressed-tensors" and groups and all(map(_is_dynamic_fp8, groups)):
+        return "fp8"
+    raise ConfigError(
+        f"checkpoints quantised as {found.get('quant_method')} {found.get('format', '')} are not supported; use "
+        "fp8 of compressed-tensors with dynamic activations for each token, the unquantised model, or GGUF"
+    )
+
+
+def _is_dynamic_fp8(group: Mapping[str, Any]) -> bool:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    return (
+        (weights.get("type"), weights.get("num_bits")) == ("float", 8)
+        and weights.get("strategy") in ("channel", "tensor")
+        and (inputs.get("type"), inputs.get("num_bits")) == ("float", 8)
+        and inputs.get("strategy") == "token"
+        and bool(inputs.get("dynamic"))
+    )

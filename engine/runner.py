@@ -1,27 +1,36 @@
-"""Owns the model and the KV pool tensor, and computes one step: rows in, logits out.
+"""Owns the model and the KV pool tensor, and computes steps: rows in, tokens out.
 
-Knows tensors, block tables and what the scheduler handed out, nothing of waiting requests. Invariant: a step
-writes KV to the slots of its own rows only.
+Knows tensors, block tables and what the scheduler handed out, nothing of waiting requests. On a GPU a step is
+queued (`launch`), and the next one may be queued before its tokens are read (`collect`). Invariant: a step writes
+KV to the slots of its own rows and to the scratch block only.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from engine.batch import HostBatch, host_batch
 from engine.config import EngineConfig
+from engine.device import CudaDevice, Device, choose_device
+from engine.graphs import DecodeGraphs
+from engine.linears import QUANTIZATIONS
+from engine.memory import blocks_in, check_free, gpu_blocks, host_blocks
 from engine.models.llama import LlamaModel
-from engine.sampler import token_logprobs
+from engine.sampler import Sampled, drawable, numbers, sample, token_logprobs
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
+from engine.staging import Staging
 from engine.weights import ModelFiles
-from kernels import AttentionBatch, load_kernels, pool_shape
+from kernels import AttentionBatch, Kernels, SampleParams, load_kernels, pool_shape
 from kernels.cpu.build import BuildError
 from splitserve.errors import ConfigError
 from splitserve.layout import KVLayout
@@ -29,20 +38,42 @@ from splitserve.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
-_POOL_SHARE = 0.2  # of the free memory, when no size is given
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+@dataclass(slots=True)
+class Launched:
+    """A step under way."""
+
+    sequences: list[Sequence]  # those that sample
+    logits: Tensor  # [sequences, vocab]
+    drawn: Tensor | None = None  # [2, sequences] int64 on the host: tokens, and whether their rows are finite
+    wait: Callable[[], None] | None = None  # until ``drawn`` is filled
+    rows: dict[Sequence, int] = field(default_factory=dict)  # of ``drawn``
+
+
 class Runner:
-    def __init__(self, config: EngineConfig, files: ModelFiles) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        files: ModelFiles,
+        device: Device | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """``device`` and ``kernels`` stand in for those that the configuration names."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if config.dtype not in _DTYPES:
             raise ConfigError(f"dtype {config.dtype!r} is not supported; use {', '.join(_DTYPES)}")
-        if config.quantization not in (None, "int8"):
-            raise ConfigError(f"quantization {config.quantization!r} is not supported; use int8")
-        self._dtype = _DTYPES[config.dtype]
+        if config.quantization not in QUANTIZATIONS:
+            raise ConfigError(f"quantization {config.quantization!r} is not supported; use int8 or fp8")
         model = files.config
+        if model.quantization is not None and config.quantization not in (None, model.quantization):
+            raise ConfigError(
+                f"the checkpoint is {model.quantization}, --quantization asks for {config.quantization}"
+            )
+        quantization = config.quantization or model.quantization
+        self._dtype = _DTYPES[config.dtype]
         self.max_model_len = config.max_model_len or model.max_position
         if self.max_model_len > model.max_position:
             raise ConfigError(
@@ -56,64 +87,124 @@ class Runner:
             dtype=str(self._dtype).removeprefix("torch."),
             block_tokens=config.block_tokens,
         )
-        self.fingerprint = self.layout.fingerprint(_weights_name(files, config.quantization))
+        self.fingerprint = self.layout.fingerprint(_weights_name(files, quantization))
+        self._device = device or choose_device(config.device, fp8=quantization == "fp8")
+        where = self._device.torch
+        if isinstance(self._device, CudaDevice) and config.kv_cache_memory is None:
+            check_free(*self._device.memory(), config.gpu_memory_utilization)
         try:
-            self.kernels = load_kernels("cpu", config.kernels)
+            self.kernels = kernels or load_kernels(str(where), config.kernels)
         except (ValueError, BuildError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
-        self.model = LlamaModel(
-            files, self.kernels, self._dtype, self.max_model_len, int8=config.quantization == "int8"
-        )
-        self.num_blocks = _pool_blocks(config, self.layout, self.max_model_len)
-        shape = pool_shape(
-            self.num_blocks, model.num_kv_heads, model.num_layers, config.block_tokens, model.head_dim
-        )
-        # zero pages: memory is taken when a block is first used, and what a block never held is finite
-        pool = np.zeros(self.num_blocks * self.layout.block_bytes, dtype=np.uint8)
-        self.kv = torch.from_numpy(pool).view(self._dtype).view(shape)
+        try:
+            self._set_up(config, files, quantization)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                "the GPU is out of memory: other processes took some since the start, or the model is too large; "
+                "lower --gpu-memory-utilization, or use --quantization fp8"
+            ) from error
+
+    @torch.no_grad()
+    def _set_up(self, config: EngineConfig, files: ModelFiles, quantization: str | None) -> None:
+        device, layout = self._device, self.layout
+        self.model = LlamaModel(files, self.kernels, self._dtype, self.max_model_len, device.torch, quantization)
+        max_blocks = layout.blocks_for(self.max_model_len)
+        self._staging = Staging(device, config.max_num_batched_tokens, config.max_num_seqs, max_blocks)
+        self._drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch)
+        self.num_blocks = self._count_blocks(config)
+        self.kv = self._pool(self.num_blocks + device.asynchronous)  # one more, for padding rows
+        self._graphs: DecodeGraphs | None = None
+        if device.asynchronous and self.kernels.capturable:
+            self._graphs = DecodeGraphs(
+                device, lambda tokens, sources, batch: self.model.logits(self._forward(tokens, sources, batch)),
+                most=config.max_num_seqs, max_blocks=max_blocks, max_context=self.max_model_len,
+                scratch_block=self.num_blocks, block_tokens=config.block_tokens,
+            )  # fmt: skip
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the one before it is collected."""
+        return self._device.asynchronous
 
     def memory(self) -> memoryview:
         """The pool's bytes, writable; block ``i`` is the ``i``-th ``layout.block_bytes`` of them."""
-        return memoryview(self.kv.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        return memoryview(self.kv[: self.num_blocks].view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def run(self, scheduled: SequenceOf[Scheduled]) -> tuple[list[Sequence], Tensor]:
-        """Computes the step. Returns the sequences whose known tokens are now all computed, and their logits
-        ``[sequences, vocab]``; log probabilities of prompts are added to the sequences that want them."""
+    def launch(self, scheduled: SequenceOf[Scheduled], before: Launched | None = None) -> Launched:
+        """Starts the step. ``before`` is the one whose tokens this one reads and that is not yet collected.
+        Log probabilities of prompts are added to the sequences that want them."""
         ordered = sorted(scheduled, key=lambda item: item.num_tokens > 1)  # single rows first, else stable
-        tokens, batch = _batch(ordered, self.layout.block_tokens)
-        hidden = self.model.forward(tokens, self.kv, batch)
-        last = [(item.sequence, int(end) - 1) for item, end in zip(ordered, batch.query_start[1:], strict=True)]
-        for item, (_sequence, row) in zip(ordered, last, strict=True):
-            if item.sequence.params.prompt_logprobs is not None:
-                self._prompt_logprobs(item, hidden[row + 1 - item.num_tokens : row + 1])
-        sampled = [pair for item, pair in zip(ordered, last, strict=True) if item.samples]
-        rows = [row for _sequence, row in sampled]
-        return [sequence for sequence, _row in sampled], self.model.logits(hidden[rows])
+        batch = host_batch(ordered, self.layout.block_tokens, before.rows if before else None)
+        sequences = [item.sequence for item in ordered if item.samples]
+        wants_prompt = any(item.sequence.params.prompt_logprobs is not None for item in ordered)
+        if self._graphs is not None and self._graphs.covers(batch) and not wants_prompt:
+            logits = self._graphs.run(batch, self._staging.upload)
+        else:
+            found = self._staging.upload(batch)
+            hidden = self._forward(found["tokens"], found["sources"], _on_device(found, batch))
+            for i, item in enumerate(ordered):
+                if item.sequence.params.prompt_logprobs is not None:
+                    self._prompt_logprobs(item, hidden[batch.query_start[i] : batch.query_start[i + 1]])
+            logits = self.model.logits(hidden[found["last_rows"]])
+        launched = Launched(sequences, logits)
+        if self._device.asynchronous and sequences and all(drawable(s) for s in sequences):
+            self._draw(launched)
+        return launched
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> list[Sampled | None]:
+        """Waits for the step: a token for each of its ``sequences``, None where a row is not finite."""
+        if launched.drawn is None or launched.wait is None:
+            return sample(launched.logits, launched.sequences) if launched.sequences else []
+        launched.wait()
+        tokens, finite = launched.drawn.tolist()
+        return [(token, None) if ok else None for token, ok in zip(tokens, finite, strict=True)]
 
     @torch.inference_mode()
     def warm_up(self, num_rows: int) -> float:
         """Runs a chunk of ``num_rows`` and a decode step over blocks that nobody holds yet, so that the first
         request meets warm caches and finished lazy initialisation. Returns prefill speed in tokens/s."""
         num_rows = min(num_rows, self.num_blocks * self.layout.block_tokens - 1, self.max_model_len - 1)
-        sequence = Sequence(
-            "warm-up", [0] * num_rows, num_rows, SamplingParams(), frozenset(), self.max_model_len, b""
-        )
-        sequence.blocks = list(range(self.layout.blocks_for(num_rows + 1)))
+        sequence = self._made_up(num_rows, list(range(self.layout.blocks_for(num_rows + 1))))
         seconds = 0.0
         for _ in range(2):
             start = time.perf_counter()
-            self.run([Scheduled(sequence, num_rows)])
+            self.collect(self.launch([Scheduled.of(sequence, num_rows)]))
             seconds = time.perf_counter() - start
         sequence.num_computed = num_rows
         sequence.tokens.append(0)
-        self.run([Scheduled(sequence, 1)])
+        self.collect(self.launch([Scheduled.of(sequence, 1)]))
         return num_rows / seconds
+
+    def _made_up(self, num_rows: int, blocks: list[int]) -> Sequence:
+        params = SamplingParams(temperature=0)
+        sequence = Sequence("warm-up", [0] * num_rows, num_rows, params, frozenset(), self.max_model_len, b"")
+        sequence.blocks = blocks
+        return sequence
+
+    def _forward(self, tokens: Tensor, sources: Tensor, batch: AttentionBatch) -> Tensor:
+        if self._device.asynchronous:  # some tokens are known on the device alone
+            tokens = torch.where(sources >= 0, self._drawn[sources.clamp(min=0).long()], tokens)
+        return self.model.forward(tokens, self.kv, batch)
+
+    def _draw(self, launched: Launched) -> None:
+        """Tokens on the device, and a copy of them under way to the host."""
+        logits, sequences = launched.logits, launched.sequences
+        if all(s.params.greedy for s in sequences):
+            tokens = logits.argmax(dim=-1)
+        else:
+            tokens = self.kernels.sample(logits, SampleParams(*self._staging.upload_numbers(numbers(sequences))))
+        self._drawn[: len(sequences)].copy_(tokens)
+        finite = torch.isfinite(logits.amax(dim=-1)).long()
+        launched.drawn = self._staging.read_back(torch.stack((tokens, finite)))
+        launched.wait = self._device.mark()
+        launched.rows = {sequence: row for row, sequence in enumerate(sequences)}
 
     def _prompt_logprobs(self, item: Scheduled, hidden: Tensor) -> None:
         """Row r predicts token r + 1, as far as that one belongs to the prompt."""
-        sequence, start = item.sequence, item.sequence.num_computed
-        wanted = min(start + item.num_tokens, sequence.num_prompt - 1) - start
+        sequence, start = item.sequence, item.start
+        wanted = min(item.end, sequence.num_prompt - 1) - start
         if wanted <= 0:
             return
         del sequence.prompt_logprobs[start:]  # a preempted sequence comes here twice
@@ -124,49 +215,58 @@ class Runner:
             token_logprobs(logits[r], sequence.tokens[start + r + 1], top) for r in range(wanted)
         ]
 
+    def _pool(self, num_blocks: int) -> Tensor:
+        layout = self.layout
+        shape = pool_shape(
+            num_blocks, layout.num_kv_heads, layout.num_layers, layout.block_tokens, layout.head_dim
+        )
+        if self._device.torch.type != "cpu":  # what a block never held is finite
+            return torch.zeros(shape, dtype=self._dtype, device=self._device.torch)
+        # zero pages: memory is taken when a block is first used
+        pool = np.zeros(num_blocks * layout.block_bytes, dtype=np.uint8)
+        return torch.from_numpy(pool).view(self._dtype).view(shape)
+
+    def _count_blocks(self, config: EngineConfig) -> int:
+        if config.kv_cache_memory is not None:
+            return blocks_in(config.kv_cache_memory, self.layout)
+        device = self._device
+        useful = config.max_num_seqs * self.max_model_len * self.layout.token_bytes
+        if not isinstance(device, CudaDevice):
+            return host_blocks(psutil.virtual_memory().available, useful, self.layout)
+        peak = device.peak_bytes(lambda: self._largest_step(config))
+        _free, total = device.memory()
+        # one block is for padding rows
+        return gpu_blocks(total, config.gpu_memory_utilization, peak + self.layout.block_bytes, self.layout)
+
+    def _largest_step(self, config: EngineConfig) -> None:
+        """The rows of the largest step over one small pool, and logits for the most sequences."""
+        rows = min(config.max_num_batched_tokens, self.max_model_len - 1)
+        self.kv = self._pool(2)
+        sequence = self._made_up(rows, [0] * self.layout.blocks_for(rows))
+        found = self._staging.upload(batch := host_batch([Scheduled.of(sequence, rows)], self.layout.block_tokens))
+        hidden = self._forward(found["tokens"], found["sources"], _on_device(found, batch))
+        logits = self.model.logits(hidden[: config.max_num_seqs])
+        drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
+        sequence.params = drawn
+        self.kernels.sample(
+            logits, SampleParams(*self._staging.upload_numbers(numbers([sequence] * logits.shape[0])))
+        )
+        del self.kv
+
+
+def _on_device(found: dict[str, Tensor], batch: HostBatch) -> AttentionBatch:
+    return AttentionBatch(
+        positions=found["positions"],
+        slots=found["slots"],
+        query_start=found["query_start"],
+        context_lens=found["context_lens"],
+        block_tables=found["block_tables"],
+        num_decodes=batch.num_decodes,
+        max_query=batch.max_query,
+        max_context=batch.max_context,
+    )
+
 
 def _weights_name(files: ModelFiles, quantization: str | None) -> str:
     """Names the weights that are computed with: KV of rounded weights must not meet that of others."""
     return files.digest() if quantization is None else f"{files.digest()}|{quantization}"
-
-
-def _batch(ordered: SequenceOf[Scheduled], block_tokens: int) -> tuple[Tensor, AttentionBatch]:
-    """Token ids ``[T]`` and the places of the rows, in one pass over the scheduled sequences."""
-    counts = np.array([item.num_tokens for item in ordered], dtype=np.int32)
-    starts = np.array([item.sequence.num_computed for item in ordered], dtype=np.int64)
-    query_start = np.zeros(len(ordered) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    tables = np.zeros((len(ordered), max(len(item.sequence.blocks) for item in ordered)), dtype=np.int32)
-    tokens: list[int] = []
-    for i, item in enumerate(ordered):
-        sequence = item.sequence
-        tables[i, : len(sequence.blocks)] = sequence.blocks
-        tokens += sequence.tokens[sequence.num_computed : sequence.num_computed + item.num_tokens]
-    owner = np.repeat(np.arange(len(ordered)), counts)
-    positions = np.arange(len(tokens), dtype=np.int64) - query_start[owner] + starts[owner]
-    slots = tables[owner, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
-    contexts = (starts + counts).astype(np.int32)
-    batch = AttentionBatch(
-        positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(slots),
-        query_start=torch.from_numpy(query_start),
-        context_lens=torch.from_numpy(contexts),
-        block_tables=torch.from_numpy(tables),
-        num_decodes=int((counts == 1).sum()),
-        max_query=int(counts.max()),
-        max_context=int(contexts.max()),
-    )
-    return torch.tensor(tokens, dtype=torch.int64), batch
-
-
-def _pool_blocks(config: EngineConfig, layout: KVLayout, max_model_len: int) -> int:
-    memory = config.kv_cache_memory
-    if memory is None:
-        useful = config.max_num_seqs * max_model_len * layout.token_bytes
-        memory = min(useful, int(psutil.virtual_memory().available * _POOL_SHARE))
-    num_blocks = memory // layout.block_bytes
-    if num_blocks < 2:
-        raise ConfigError(
-            f"kv-cache-memory of {memory} bytes holds fewer than two blocks of {layout.block_bytes} bytes"
-        )
-    return num_blocks

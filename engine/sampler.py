@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sequence import Sequence
 from splitserve.sampling import Logprobs
+
+Sampled = tuple[int, Logprobs | None]
 
 _CANDIDATES = 256  # rows rarely need more for top-p; those that do are sorted whole
 _MASK = (1 << 64) - 1
@@ -32,7 +36,7 @@ def uniform(seed: int, index: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[tuple[int, Logprobs | None] | None]:
+def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | None]:
     """One token for each row of ``logits [rows, vocab]`` (any float dtype); None where a row is not finite."""
     raw = logits.float()
     greedy_rows = [i for i, s in enumerate(sequences) if _is_plain(s)]
@@ -54,6 +58,23 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[tuple[int, L
     ]
 
 
+def drawable(sequence: Sequence) -> bool:
+    """Whether a token can be drawn from the logits and `numbers` alone, without what was generated before."""
+    return sequence.params.logprobs is None and not _adjusted(sequence)
+
+
+def numbers(sequences: SequenceOf[Sequence]) -> list[NDArray[np.generic]]:
+    """The fields of `kernels.SampleParams` for drawable sequences, whose last token may still be under way."""
+    params = [s.params for s in sequences]
+    return [
+        np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
+        np.array([p.top_k for p in params], np.int32),
+        np.array([p.top_p for p in params], np.float32),
+        np.array([p.min_p for p in params], np.float32),
+        np.array([uniform(s.seed, s.num_generated + s.pending) for s in sequences], np.float64),
+    ]
+
+
 def token_logprobs(logits: Tensor, token: int, top: int) -> Logprobs:
     """Log probability and rank of ``token`` and the ``top`` most likely ones; ``logits [vocab]``."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
@@ -65,13 +86,18 @@ def token_logprobs(logits: Tensor, token: int, top: int) -> Logprobs:
 
 def _is_plain(sequence: Sequence) -> bool:
     """Whether the most likely token of the raw logits is the answer."""
+    return sequence.params.greedy and not _adjusted(sequence)
+
+
+def _adjusted(sequence: Sequence) -> bool:
+    """Whether `_adjust` changes the row."""
     p = sequence.params
-    return p.greedy and not (
+    return bool(
         p.logit_bias
         or p.presence_penalty
         or p.frequency_penalty
         or p.repetition_penalty != 1.0
-        or sequence.num_generated < p.min_tokens
+        or sequence.num_generated + sequence.pending < p.min_tokens
     )
 
 

@@ -3,10 +3,12 @@
 Knows sequences and the block pool, no tensors. Running sequences go first (decodes before chunks), then
 waiting ones are admitted while budget, places and blocks last. All blocks of a sequence's known tokens are
 allocated at its admission; only generated tokens ask for more. Out of blocks: the youngest sequence is
-preempted and computed again later. Iteration-level batching: https://www.usenix.org/conference/osdi22/presentation/yu,
+preempted and computed again later. A step may be scheduled while the one before it is under way (`start`,
+`settle`): its rows count as computed and the token that it brings as known. Iteration-level batching: https://www.usenix.org/conference/osdi22/presentation/yu,
 chunked prefill: https://arxiv.org/abs/2308.16369.
 
-Invariant: a sequence holds blocks exactly while it is LOADING, RUNNING or HELD.
+Invariant: a sequence holds blocks exactly while it is LOADING, RUNNING or HELD, or a step that writes to them is
+under way.
 """
 
 from __future__ import annotations
@@ -20,15 +22,22 @@ from engine.sequence import Sequence, Status
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence and how many of its tokens the step computes."""
+    """A sequence and which of its tokens the step computes."""
 
     sequence: Sequence
     num_tokens: int
+    start: int  # place of the first of them in the sequence
+    samples: bool  # all that is known will be computed, so that a new token follows
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> Scheduled:
+        """The next ``num_tokens`` of the sequence."""
+        return cls(sequence, num_tokens, sequence.num_computed, num_tokens == sequence.remaining)
 
     @property
-    def samples(self) -> bool:
-        """Whether the step computes all that is known, so that a new token follows."""
-        return self.num_tokens == self.sequence.remaining
+    def end(self) -> int:
+        """Tokens of the sequence that have KV after the step."""
+        return self.start + self.num_tokens
 
 
 class Scheduler:
@@ -43,6 +52,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.loading: set[Sequence] = set()
         self.held: set[Sequence] = set()
+        self.leaving: set[Sequence] = set()  # finished, and a step that writes to their blocks is under way
         self.num_preemptions = 0
 
     @property
@@ -58,15 +68,15 @@ class Scheduler:
     def schedule(self) -> tuple[list[Scheduled], list[Sequence]]:
         """What the next step computes, and the LOADING sequences that have just received their blocks."""
         budget = self.max_num_batched_tokens
-        single = [s for s in self.running if s.remaining == 1]
+        single = [s for s in self.running if s.remaining == 1 and not s.ending]
         grown = [s for s in single if s.status is Status.RUNNING and self._grow(s)]
         # growing may have preempted a sequence that had grown before
-        scheduled = [Scheduled(s, 1) for s in grown if s.status is Status.RUNNING]
+        scheduled = [Scheduled.of(s, 1) for s in grown if s.status is Status.RUNNING]
         budget -= len(scheduled)
         for sequence in self.running:
             if sequence.remaining > 1 and budget > 0:
                 count = min(sequence.remaining, budget)
-                scheduled.append(Scheduled(sequence, count))
+                scheduled.append(Scheduled.of(sequence, count))
                 budget -= count
         loading: list[Sequence] = []
         while self.waiting and len(self.running) + len(self.loading) < self.max_num_seqs:
@@ -82,7 +92,7 @@ class Scheduler:
             sequence.status = Status.RUNNING
             self.running.append(sequence)
             count = min(sequence.remaining, budget)
-            scheduled.append(Scheduled(sequence, count))
+            scheduled.append(Scheduled.of(sequence, count))
             budget -= count
         return scheduled, loading
 
@@ -93,12 +103,38 @@ class Scheduler:
         sequence.loads = False
         sequence.status = Status.RUNNING
         self.running.append(sequence)
-        self.advance(sequence, num_computed - sequence.num_computed)
+        self.advance(sequence, num_computed)
 
-    def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Counts tokens as computed and names the blocks that they filled."""
-        sequence.num_computed += num_tokens
-        full = sequence.num_computed // self.block_tokens
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a step can be scheduled behind the one under way: for sure without a preemption."""
+        return self.pool.num_free >= len(self.running)
+
+    def start(self, item: Scheduled) -> None:
+        """A step that computes ``item`` is under way."""
+        item.sequence.num_computed = item.end
+        item.sequence.pending += item.samples
+        item.sequence.in_flight += 1
+
+    def settle(self, item: Scheduled) -> None:
+        """The step is over: nothing writes to the blocks on its behalf any more."""
+        sequence = item.sequence
+        sequence.pending -= item.samples
+        sequence.in_flight -= 1
+        if sequence in self.leaving:
+            self.leaving.remove(sequence)
+            self._drop_blocks(sequence)
+
+    def let_go(self, sequence: Sequence) -> None:
+        """The steps under way that write to the blocks of a finished sequence have failed."""
+        sequence.in_flight = 0
+        self.leaving.remove(sequence)
+        self._drop_blocks(sequence)
+
+    def advance(self, sequence: Sequence, num_computed: int) -> None:
+        """So many tokens are computed: names the blocks that they fill."""
+        sequence.num_computed = max(sequence.num_computed, num_computed)
+        full = num_computed // self.block_tokens
         if full > sequence.num_named:
             hashes = sequence.hash_blocks(self.block_tokens)
             for i in range(sequence.num_named, full):
@@ -115,8 +151,8 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence.status is Status.HELD:
             self.held.remove(sequence)
-        self._drop_blocks(sequence)
         sequence.status = Status.FINISHED
+        self._drop_blocks(sequence)
 
     def hold(self, sequence: Sequence) -> None:
         """A finished export: out of the batch, its blocks stay until `finish`."""
@@ -129,7 +165,7 @@ class Scheduler:
         self.pool.check_integrity()
         for sequence in self.waiting:
             assert not sequence.blocks
-        if not (self.running or self.loading or self.held):
+        if not (self.running or self.loading or self.held or self.leaving):
             assert self.pool.num_used == 0, f"{self.pool.num_used} blocks are held by nobody"
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -155,7 +191,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Makes room for one more token; False if the sequence itself had to be preempted."""
-        while len(sequence.blocks) * self.block_tokens < len(sequence.tokens):
+        while len(sequence.blocks) * self.block_tokens < sequence.num_known:
             if self.pool.num_free:
                 sequence.blocks += self.pool.allocate(1)
                 continue
@@ -168,6 +204,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.in_flight
         self.running.remove(sequence)
         self._drop_blocks(sequence)
         sequence.num_computed = 0
@@ -176,6 +213,10 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _drop_blocks(self, sequence: Sequence) -> None:
+        """At once, or when the last step that writes to them has settled."""
+        if sequence.in_flight:
+            self.leaving.add(sequence)
+            return
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_named = 0

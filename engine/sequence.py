@@ -1,7 +1,8 @@
 """The state of one request inside an engine: its tokens, how far they are computed, the blocks it holds.
 
-Knows nothing of tensors or of other sequences. One quantity drives everything: ``len(tokens) - num_computed``
-is the work that is left before the next token can be sampled; 1 is a decode step, more is prefill.
+Knows nothing of tensors or of other sequences. One quantity drives everything: ``num_known - num_computed`` is
+the work that is left before the next token can be sampled; 1 is a decode step, more is prefill. A token that a
+step under way will bring is known to exist (``pending``) before it is in ``tokens``.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Sequence:
     export: bool = False
     loads: bool = False  # blocks of the prompt come from elsewhere (`Status.LOADING` first)
     status: Status = Status.WAITING
-    num_computed: int = 0
+    num_computed: int = 0  # tokens that have KV, or will have it after the steps under way
+    pending: int = 0  # tokens that steps under way will bring, 0 or 1
+    in_flight: int = 0  # steps under way that write to the blocks
     blocks: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of `tokens` hashed so far
     num_named: int = 0  # leading blocks whose hash the pool knows
@@ -106,7 +109,17 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens without KV; the logits of the last one give the next token."""
-        return len(self.tokens) - self.num_computed
+        return self.num_known - self.num_computed
+
+    @property
+    def num_known(self) -> int:
+        """Tokens, with the one that is under way."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def ending(self) -> bool:
+        """Whether the token that is under way is the last one, whatever it is."""
+        return self.pending > 0 and (self.export or self._at_length(self.pending))
 
     @property
     def num_generated(self) -> int:
@@ -133,7 +146,9 @@ class Sequence:
             (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
         ):
             self.finish_reason = FinishReason.STOP
-        elif (params.max_tokens is not None and generated >= params.max_tokens) or (
-            len(self.tokens) >= self.max_len
-        ):
+        elif self._at_length():
             self.finish_reason = FinishReason.LENGTH
+
+    def _at_length(self, more: int = 0) -> bool:
+        most = self.params.max_tokens
+        return len(self.tokens) + more >= self.max_len or (most is not None and self.num_generated + more >= most)

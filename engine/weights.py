@@ -46,6 +46,10 @@ class ModelFiles(Protocol):
         """The same, or None where the model has no such weight."""
         ...
 
+    def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The weight as float8 ``[N, K]`` with float32 scales ``[N]``, where the file holds it so."""
+        ...
+
     def digest(self) -> str:
         """Names the weights: over the size and the first and last MiB of each weight file."""
         ...
@@ -87,6 +91,16 @@ class SafetensorsDirectory:
             return None
         tensor: Tensor = handle.get_tensor(name)
         return tensor.to(dtype)
+
+    def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
+        handle = self._where.get(name)
+        if handle is None or f"{name}_scale" not in self._where:
+            return None
+        weight: Tensor = handle.get_tensor(name)
+        scales = self.tensor(f"{name}_scale", torch.float32).flatten()
+        if weight.dtype is not torch.float8_e4m3fn or scales.numel() not in (1, weight.shape[0]):
+            raise ConfigError(f"{self._path}: {name} is no fp8 weight with a scale for each output")
+        return weight, scales.expand(weight.shape[0]).contiguous()
 
     def digest(self) -> str:
         return _digest(self._files)
@@ -136,6 +150,9 @@ class GgufFile:
         if heads and self.config.architecture == "llama":
             weight = _deinterleave(weight, heads)
         return weight.to(dtype)
+
+    def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
+        return None
 
     def digest(self) -> str:
         return _digest([self._path])

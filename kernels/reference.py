@@ -25,6 +25,14 @@ class TorchLinear:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+class TorchLinearWide(TorchLinear):
+    """On a GPU: operands as they are, results in float32 as they were accumulated."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+        return y if self.bias is None else y + self.bias.float()
+
+
 class TorchLinearInt8:
     """``(x @ weight.T) * scales + bias`` in float32, from int8 weights."""
 
@@ -55,6 +63,8 @@ class ReferenceKernels:
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
         dtype = out_dtype or weight.dtype
+        if weight.is_cuda and dtype is torch.float32 and weight.dtype is not dtype:
+            return TorchLinearWide(weight, bias)  # a weight in float32 would be read at half the speed
         return TorchLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def pack_linear_int8(

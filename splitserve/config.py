@@ -28,7 +28,7 @@ class WorkerConfig:
     metrics_port: int = 0
     transports: tuple[str, ...] = ()  # in order of preference; empty: the best that are installed
     dtype: str = "auto"
-    quantization: str | None = None  # "int8": weights of linear layers
+    quantization: str | None = None  # "int8" or "fp8": weights of linear layers
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512

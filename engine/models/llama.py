@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.linears import Linears
+from engine.model_config import ModelConfig
 from engine.rope import rope_table
 from engine.weights import ModelFiles
 from kernels import AttentionBatch, Kernels, Linear
@@ -33,19 +35,25 @@ class LlamaModel:
     """The weights of one model, packed for one kernel backend."""
 
     def __init__(
-        self, files: ModelFiles, kernels: Kernels, dtype: torch.dtype, max_len: int, *, int8: bool = False
+        self,
+        files: ModelFiles,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        max_len: int,
+        device: torch.device,
+        quantization: str | None = None,
     ) -> None:
-        """``int8``: the weights of all linear layers are rounded to int8; embeddings and norms are not."""
+        """``quantization``: of the weights of linear layers; embeddings and norms are never rounded."""
         self.config = config = files.config
         self._kernels = kernels
-        self._embedding = files.tensor("model.embed_tokens.weight", dtype)
-        self._layers = [_load_layer(files, kernels, dtype, i, int8) for i in range(config.num_layers)]
-        self._norm = files.tensor("model.norm.weight", dtype)
-        head = self._embedding if config.tied_embeddings else files.tensor("lm_head.weight", dtype)
-        pack = kernels.pack_linear_int8 if int8 else kernels.pack_linear
-        self._head = pack(head, None, torch.float32)  # rounded to bfloat16, near logits would become equal
+        linears = Linears(files, kernels, dtype, device, quantization)
+        self._embedding = linears.tensor("model.embed_tokens.weight")
+        self._layers = [_load_layer(config, linears, i) for i in range(config.num_layers)]
+        self._norm = linears.tensor("model.norm.weight")
+        self._head = linears.head(self._embedding if config.tied_embeddings else linears.tensor("lm_head.weight"))
         factors = files.optional("rope_factors", torch.float32)
-        self._cos_sin = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, max_len, factors)
+        table = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, max_len, factors)
+        self._cos_sin = table.to(device)
 
     def forward(self, tokens: Tensor, kv: Tensor, batch: AttentionBatch) -> Tensor:
         """Hidden states after the last norm, ``[T, hidden]``, for ``tokens [T]`` int64; fills the pool's slots."""
@@ -78,27 +86,16 @@ class LlamaModel:
         return rows[:, : c.num_heads], rows[:, c.num_heads : first_v], rows[:, first_v:]
 
 
-def _load_layer(files: ModelFiles, kernels: Kernels, dtype: torch.dtype, index: int, int8: bool) -> _Layer:
-    prefix = f"model.layers.{index}."
-    config = files.config
-
-    pack = kernels.pack_linear_int8 if int8 else kernels.pack_linear
-
-    def stacked(bias: bool, *names: str) -> tuple[Tensor, Tensor | None]:
-        weights = [files.tensor(f"{prefix}{name}.weight", dtype) for name in names]
-        biases = [files.tensor(f"{prefix}{name}.bias", dtype) for name in names] if bias else []
-        return torch.cat(weights), torch.cat(biases) if biases else None
-
-    def norm(name: str) -> Tensor:
-        return files.tensor(f"{prefix}{name}.weight", dtype)
-
+def _load_layer(config: ModelConfig, linears: Linears, index: int) -> _Layer:
+    attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+    before = f"model.layers.{index}."
     return _Layer(
-        input_norm=norm("input_layernorm"),
-        qkv=pack(*stacked(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
-        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
-        output=pack(*stacked(config.output_bias, "self_attn.o_proj")),
-        mlp_norm=norm("post_attention_layernorm"),
-        gate_up=kernels.pack_gate_up(*stacked(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"), int8=int8),
-        down=pack(*stacked(config.mlp_bias, "mlp.down_proj")),
+        input_norm=linears.tensor(f"{before}input_layernorm.weight"),
+        qkv=linears.linear(config.qkv_bias, *(f"{attention}{x}_proj" for x in "qkv")),
+        q_norm=linears.tensor(f"{attention}q_norm.weight") if config.qk_norm else None,
+        k_norm=linears.tensor(f"{attention}k_norm.weight") if config.qk_norm else None,
+        output=linears.linear(config.output_bias, f"{attention}o_proj"),
+        mlp_norm=linears.tensor(f"{before}post_attention_layernorm.weight"),
+        gate_up=linears.gate_up(config.mlp_bias, f"{mlp}gate_proj", f"{mlp}up_proj"),
+        down=linears.linear(config.mlp_bias, f"{mlp}down_proj"),
     )

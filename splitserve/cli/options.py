@@ -55,7 +55,7 @@ Model = Annotated[str, _option("--model", help="Directory, .gguf file, hub id (o
 ServedName = Annotated[str | None, _option("--served-model-name", help="Name that clients use. Default: --model.")]
 Dtype = Annotated[str, _option("--dtype", help="auto (bfloat16), bfloat16 or float32.")]
 Quantization = Annotated[
-    str | None, _option("--quantization", help="int8: weights rounded at load. Default: as --dtype.")
+    str | None, _option("--quantization", help="int8 or fp8: weights rounded at load. Default: as stored.")
 ]
 MaxModelLen = Annotated[
     int | None, _option("--max-model-len", help="Longest prompt plus answer, in tokens.", min=2)
@@ -178,8 +178,8 @@ def worker_config(role: Role, flags: Mapping[str, Any]) -> WorkerConfig:
         raise ConfigError(f"--block-size must be 16 or 32, not {flags['block_size']}")
     if flags["max_num_batched_tokens"] < flags["max_num_seqs"]:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs: each takes one token a step")
-    if flags.get("quantization") not in (None, "int8"):
-        raise ConfigError(f"--quantization must be int8, not {flags['quantization']}")
+    if flags.get("quantization") not in (None, "int8", "fp8"):
+        raise ConfigError(f"--quantization must be int8 or fp8, not {flags['quantization']}")
     return WorkerConfig(
         role=role,
         transports=parse_list(flags["kv_transport"]),

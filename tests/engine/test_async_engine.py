@@ -118,7 +118,7 @@ async def test_a_step_that_fails_ends_its_requests_and_not_the_engine(
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine.engine.runner, "run", lambda scheduled: 1 / 0)
+        patch.setattr(engine.engine.runner, "launch", lambda scheduled, before: 1 / 0)
         with pytest.raises(EngineError):
             await answer(engine, request("a", [1, 2]))
     assert len(await answer(engine, request("b", [1, 2]))) == 8

@@ -32,9 +32,11 @@ def step(scheduler: Scheduler) -> dict[str, int]:
         sequence.append(7)
         scheduler.start_loaded(sequence, known)
     for item in scheduled:
-        samples = item.samples
-        scheduler.advance(item.sequence, item.num_tokens)
-        if samples:
+        scheduler.start(item)
+    for item in scheduled:
+        scheduler.settle(item)
+        scheduler.advance(item.sequence, item.end)
+        if item.samples:
             item.sequence.append(7)
             if item.sequence.export:
                 scheduler.hold(item.sequence)
