@@ -16,6 +16,7 @@ from router.legs import Channels
 from router.orchestrator import Orchestrator
 from router.planner import Planner
 from router.policy import PolicyConfig
+from router.request_limit import RequestLimit
 from router.snapshot import ClusterView
 from router.vigil import Vigil
 from splitserve.children import tell_ready
@@ -43,7 +44,9 @@ async def serve(config: RouterConfig) -> None:
     async with Directory(config.redis_url) as directory, ClusterView(directory) as view:
         planner = Planner(directory, view, PolicyConfig(decode_only_tokens=config.decode_only_tokens))
         orchestrator = Orchestrator(planner, view, channels, metrics, config.max_retries)
-        backend = ClusterBackend(view, Catalog(channels), channels, orchestrator)
+        backend = ClusterBackend(
+            view, Catalog(channels), channels, orchestrator, RequestLimit(config.max_concurrent_requests)
+        )
         app = create_app(backend, HttpConfig(request_seconds=config.request_timeout), metrics, registry)
         servicer = InferenceServicer(backend, metrics)
         grpc_server = GrpcServer(

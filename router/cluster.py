@@ -15,6 +15,7 @@ from router.backend import GenerationChunk, GenerationRequest, ModelCard, ModelS
 from router.catalog import Catalog
 from router.legs import Channels
 from router.orchestrator import Orchestrator
+from router.request_limit import RequestLimit
 from router.snapshot import ClusterView
 from splitserve.cluster import Role
 from splitserve.errors import NotFound, Unavailable
@@ -26,12 +27,18 @@ class ClusterBackend:
     """Implements ``router.backend.Backend``."""
 
     def __init__(
-        self, view: ClusterView, catalog: Catalog, channels: Channels, orchestrator: Orchestrator
+        self,
+        view: ClusterView,
+        catalog: Catalog,
+        channels: Channels,
+        orchestrator: Orchestrator,
+        limit: RequestLimit,
     ) -> None:
         self._view = view
         self._catalog = catalog
         self._channels = channels
         self._orchestrator = orchestrator
+        self._limit = limit
         self._draining = False
         self._first_seen: dict[str, int] = {}  # model -> seconds since 1970
 
@@ -78,10 +85,11 @@ class ClusterBackend:
         return await self._catalog.spec([state.info for state in pool.states])
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        spec = await self.model(request.model)
-        async with aclosing(self._orchestrator.generate(request, spec)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._limit.place():
+            spec = await self.model(request.model)
+            async with aclosing(self._orchestrator.generate(request, spec)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     def readiness(self) -> Sequence[str]:
         if self._draining:
