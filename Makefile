@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test soak check format stubs bench clean
+.PHONY: install demo test soak chaos check format stubs bench clean
 
 install: $(STAMP)
 
@@ -27,6 +27,9 @@ test: install
 
 soak: install
 	@SPLITSERVE_SOAK_SECONDS=$${SPLITSERVE_SOAK_SECONDS:-600} $(BIN)/python -m pytest -s tests/e2e/test_soak.py
+
+chaos: install
+	@SPLITSERVE_CHAOS_SECONDS=$${SPLITSERVE_CHAOS_SECONDS:-1800} $(BIN)/python -m pytest -s tests/chaos
 
 check: install
 	$(BIN)/ruff check .

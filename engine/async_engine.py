@@ -13,6 +13,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,7 @@ from engine.core import Engine, Reservation, StepResult
 from engine.sequence import EngineOutput, EngineRequest
 from engine.stats import EngineStats
 from splitserve.cluster import WorkerLoad
-from splitserve.errors import EngineError, InvalidRequest, Overloaded, SplitServeError
+from splitserve.errors import EngineError, InvalidRequest, Overloaded, SplitServeError, Unavailable
 from splitserve.hashing import BlockHash
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class AsyncEngine:
         self._changes: dict[BlockHash, bool] = {}  # filled (True) or evicted since they were last taken
         self._calls: set[asyncio.Future[Any]] = set()  # that the thread has not answered yet
         self._broken = False
+        self._step_began: float | None = None  # of the step under way; written by the thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -57,16 +59,22 @@ class AsyncEngine:
     def block_bytes(self) -> int:
         return self.engine.runner.layout.block_bytes
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the step under way has taken so far; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def close(self) -> None:
         """Ends the thread after its current step; waiting callers get an EngineError. Then asserts that the
-        engine's books are in order."""
+        engine's books are in order; raises EngineError if its thread has failed."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
-        assert not self._broken, "the engine's thread has failed"
+        self._check_thread()
         self.engine.check_integrity()
         for outputs in self._outputs.values():
             outputs.put_nowait(EngineError("the engine was closed"))
@@ -120,6 +128,10 @@ class AsyncEngine:
         if (outputs := self._outputs.get(request_id)) is not None:
             outputs.put_nowait(EngineError("the request was given up before it was computed"))
         self._inbox.put(lambda: self.engine.release(request_id))
+
+    def let_go(self) -> None:
+        """The step under way does not end: whoever waits gets Unavailable. Blocks are freed when it has ended."""
+        self._give_up(Unavailable("the engine makes no progress"))
 
     def take_block_events(self) -> tuple[list[BlockHash], list[BlockHash]]:
         """Hashes of blocks filled and evicted since the last call; the last word on each counts."""
@@ -212,13 +224,13 @@ class AsyncEngine:
         if self._broken:
             raise EngineError("the engine has failed")
 
-    def _give_up(self) -> None:
-        """Nobody will be answered any more."""
+    def _give_up(self, error: SplitServeError) -> None:
+        """Whoever waits gets ``error``."""
         for outputs in self._outputs.values():
-            outputs.put_nowait(EngineError("the engine has failed"))
+            outputs.put_nowait(error)
         for call in list(self._calls):
             if not call.done():
-                call.set_exception(EngineError("the engine has failed"))
+                call.set_exception(error)
 
     # -- the engine's thread -------------------------------------------------------------------------------
 
@@ -229,7 +241,7 @@ class AsyncEngine:
         except Exception:
             log.critical("the engine's thread has failed: this worker can't go on", exc_info=True)
             self._broken = True
-            self._loop.call_soon_threadsafe(self._give_up)
+            self._loop.call_soon_threadsafe(self._give_up, EngineError("the engine has failed"))
 
     def _serve(self) -> None:
         assert self._loop is not None
@@ -238,11 +250,14 @@ class AsyncEngine:
             if not self.engine.has_work:
                 continue
             try:
+                self._step_began = time.monotonic()
                 result = self.engine.step()
             except Exception:
                 log.exception("a step failed; its requests are given up")
                 failed = [(i, "the engine could not compute this step") for i in self.engine.fail_running()]
                 result = StepResult(False, [], [], failed)
+            finally:
+                self._step_began = None
             stuck = not result.computed and not result.reserved and not result.failed
             self._take_events()
             self._loop.call_soon_threadsafe(self._deliver, result)

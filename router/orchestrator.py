@@ -16,7 +16,7 @@ from router.backend import GenerationChunk, GenerationRequest, ModelSpec
 from router.legs import Channels, DecodeLeg, Handle, PrefillLeg, open_decode, open_prefill
 from router.planner import Planner
 from router.policy import Plan
-from router.snapshot import ClusterView
+from router.snapshot import ClusterView, Incarnation
 from splitserve.cluster import WorkerState
 from splitserve.errors import (
     DeadlineExceeded,
@@ -60,7 +60,7 @@ class Orchestrator:
         """Raises what no other worker can mend, or the last failure when the retries are used up."""
         logger = request_logger(log, request.request_id)
         given: list[int] = []
-        excluded: set[str] = set()
+        excluded: set[Incarnation] = set()
         retries = 0
         last: LegFailed | None = None
         while True:
@@ -136,11 +136,12 @@ class Orchestrator:
             open_decode(self._channels, info, sequence, handle, _remaining(request))
         )
 
-    def _note(self, failure: LegFailed, excluded: set[str]) -> None:
+    def _note(self, failure: LegFailed, excluded: set[Incarnation]) -> None:
         """Keeps this request off the worker, and others too if the worker itself seems gone."""
-        excluded.add(failure.worker.info.id)
+        info = failure.worker.info
+        excluded.add((info.id, info.epoch))
         if isinstance(failure.error, Unavailable) and not isinstance(failure.error, TransferFailed):
-            self._view.report_failure(failure.worker.info.id, failure.worker.info.epoch)
+            self._view.report_failure(info.id, info.epoch)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from router.backend import GenerationRequest, ModelSpec
 from router.policy import Demand, Plan, PolicyConfig, plan
 from router.recent_prompts import RecentPrompts, either
-from router.snapshot import ClusterView
+from router.snapshot import ClusterView, Incarnation
 from splitserve.cluster import WorkerState
 from splitserve.directory import Directory
 from splitserve.errors import Unavailable
@@ -32,9 +32,11 @@ class Planner:
         self._recent: RecentPrompts[BlockHash] = RecentPrompts()
 
     async def plan(
-        self, request: GenerationRequest, spec: ModelSpec, tokens: Sequence[int], excluded: Collection[str]
+        self, request: GenerationRequest, spec: ModelSpec, tokens: Sequence[int], excluded: Collection[Incarnation]
     ) -> Plan:
-        """Workers for a sequence of ``tokens``: the prompt and what was generated. Raises as `policy.plan`."""
+        """Workers for a sequence of ``tokens``: the prompt and what was generated. Raises as `policy.plan`.
+
+        ``excluded`` have failed this request; one that was restarted since has not."""
         pool = self._view.pool(spec.name)
         if pool is None or pool.fingerprint != spec.fingerprint:
             raise Unavailable(f"no worker of {spec.name} is ready")
@@ -45,15 +47,15 @@ class Planner:
             max_new_tokens=max(1, (request.sampling.max_tokens or 1) - given),
             seconds_left=None if request.deadline is None else request.deadline - now,
         )
-        states = pool.states
+        states = tuple(s for s in pool.states if (s.info.id, s.info.epoch) not in excluded)
         if request.sampling.prompt_logprobs is not None:
             # log probabilities of a prompt need all of it computed, and only decode events carry them
             states = tuple(s for s in states if s.info.role == "decode")
-            return plan(demand, {}, states, self._config, excluded)
+            return plan(demand, {}, states, self._config)
         root = chain_root(bytes.fromhex(spec.fingerprint), request.cache_salt)
         hashes = block_hashes(root, tokens, spec.block_tokens)
         owned = either(await self._owned(hashes, states), self._recent.longest_prefix(hashes, now))
-        chosen = plan(demand, owned, states, self._config, excluded)
+        chosen = plan(demand, owned, states, self._config)
         if chosen.prefill is not None:
             until = now + chosen.first_token_seconds + ANNOUNCE_SECONDS
             self._recent.add(chosen.prefill.info.id, hashes, until)

@@ -113,9 +113,14 @@ class WorkerAgent:
         assert self._task is not None, "not started"
         await asyncio.shield(self._task)
 
-    def set_draining(self) -> None:
+    @property
+    def ended(self) -> bool:
+        """Whether it keeps the worker's entry no more; `wait` tells why."""
+        return self._task is not None and self._task.done()
+
+    def set_draining(self, draining: bool = True) -> None:
         """From now on the worker is listed as draining: routers send it nothing new."""
-        self._draining = True
+        self._draining = draining
         self.beat()
 
     def beat(self) -> None:

@@ -40,6 +40,7 @@ class WorkerConfig:
     cores: tuple[int, ...] = ()  # empty: all that the process may use
     lease_seconds: float = 5.0  # how long the directory believes a silent worker
     transfer_lease_seconds: float = 10.0
+    step_timeout: float = 60.0  # a step that takes longer will never end: not live
     drain_timeout: float = 30.0
     log: LogConfig = field(default_factory=LogConfig)
     ready_fd: int | None = None  # a pipe to tell a parent process that this one serves

@@ -19,6 +19,7 @@ TEXT = "text/plain; charset=utf-8"
 
 class MetricsServer:
     """Serves ``registry`` on ``host:port`` (0 picks a port). ``not_ready`` says why not, in words; empty: ready.
+    ``not_live``: why the process should be restarted.
 
     Raises ConfigError when the port can't be bound.
     """
@@ -29,9 +30,11 @@ class MetricsServer:
         not_ready: Callable[[], Sequence[str]],
         host: str = "127.0.0.1",
         port: int = 0,
+        not_live: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._registry = registry
         self._not_ready = not_ready
+        self._not_live = not_live
         self._server = HttpServer(self._app, host, port, grace=1.0, interface="asgi3")
 
     @property
@@ -78,7 +81,7 @@ class MetricsServer:
             return 405, TEXT, b"method not allowed\n"
         if path == "/metrics":
             return 200, CONTENT_TYPE_LATEST, generate_latest(self._registry)
-        reasons = self._not_ready() if path == "/ready" else ()
+        reasons = self._not_ready() if path == "/ready" else self._not_live()
         if reasons:
             return 503, TEXT, "".join(f"{reason}\n" for reason in reasons).encode()
         return 200, TEXT, b"ok\n"

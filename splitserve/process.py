@@ -20,7 +20,7 @@ import uvloop
 
 from splitserve.cluster import Role
 from splitserve.config import LogConfig, RouterConfig, WorkerConfig
-from splitserve.errors import ConfigError, Unavailable
+from splitserve.errors import ConfigError, EngineError, Unavailable
 
 _Config = TypeVar("_Config", WorkerConfig, RouterConfig)
 _PR_SET_PDEATHSIG = 1
@@ -51,7 +51,8 @@ def run_process(kind: type[_Config], serve: Callable[[_Config], Coroutine[Any, A
         if isinstance(config, WorkerConfig) and config.cores:
             _run_on(config.cores)
         uvloop.run(serve(config))
-    except (ConfigError, Unavailable, ExceptionGroup) as error:  # Unavailable: Redis went away during the start
+    # Unavailable: Redis went away during the start, or another process took this one's place
+    except (ConfigError, EngineError, Unavailable, ExceptionGroup) as error:
         _end_with(_reason(error), config.ready_fd)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -61,7 +62,7 @@ def _reason(error: Exception) -> str:
     """In one line. Raises ``error`` again if it, or what a task group gathered, is more than a wrong start."""
     if isinstance(error, ExceptionGroup):
         return "; ".join(dict.fromkeys(_reason(each) for each in error.exceptions))
-    if not isinstance(error, ConfigError | Unavailable):
+    if not isinstance(error, ConfigError | EngineError | Unavailable):
         raise error
     return error.message
 

@@ -59,6 +59,9 @@ class WorkerEngine(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def block_bytes(self) -> int: ...
+    @property
+    def step_seconds(self) -> float: ...
+    def let_go(self) -> None: ...
     async def start(self) -> None: ...
     async def close(self) -> None: ...
     def load(self) -> WorkerLoad: ...
@@ -121,16 +124,20 @@ async def run_worker(
     make_role: Callable[[WorkerContext, _Engine], WorkerRole],
 ) -> None:
     """Runs a worker until SIGTERM or SIGINT, then drains it. ``load`` reads the model and warms it up; it runs in
-    a thread. Raises ConfigError when the worker can't start."""
+    a thread. Raises ConfigError when the worker can't start, Unavailable when another one has taken its place,
+    EngineError when its engine has failed."""
     worker_id = config.worker_id or f"{config.role}-{socket.gethostname()}-{os.getpid()}"
     config = replace(config, worker_id=worker_id)
     setup_logging(config.role, worker_id, config.log.level, config.log.json)
     stopping = stop_event()
     registry = new_registry()
     not_ready = ["the model is being loaded"]
+    not_live: list[str] = []
     async with (
         Directory(config.redis_url, config.lease_seconds) as directory,
-        MetricsServer(registry, lambda: not_ready, config.host, config.metrics_port) as metrics_server,
+        MetricsServer(
+            registry, lambda: not_ready + not_live, config.host, config.metrics_port, lambda: not_live
+        ) as metrics_server,
     ):
         reachable = await advertised_host(config.host, config.advertise_host, config.redis_url)
         config = replace(config, advertise_host=reachable)
@@ -161,12 +168,16 @@ async def run_worker(
                     not_ready.clear()
                     tell_ready(config.ready_fd, {"grpc": info.grpc_address, "metrics": metrics_server.url})
                     log.info("ready", extra={"grpc": info.grpc_address, "metrics": metrics_server.url})
-                    await _export_until(stopping, engine, metrics)
+                    watchdog = Watchdog(engine, agent, server, config.step_timeout, not_live)
+                    await _watch_until(stopping, engine, metrics, agent, watchdog)
                     not_ready.append("draining")
                     log.info("draining", extra={"timeout": config.drain_timeout})
                     await server.not_ready()
                     agent.set_draining()
                     await server.stop()
+                    if agent.ended:
+                        await agent.wait()  # raises what broke it
+                        raise Unavailable(f"another process has registered worker id {worker_id}")
         finally:
             await role.close()
             await engine.close()  # checks its books: a leaked block shows as a failed process
@@ -204,10 +215,47 @@ def _register(server: grpc.aio.Server, role: WorkerRole, description: ModelDescr
     worker_pb2_grpc.add_WorkerServicer_to_server(InfoServicer(description), server)
 
 
-async def _export_until(stopping: asyncio.Event, engine: WorkerEngine, metrics: EngineMetrics) -> None:
-    """Copies the engine's numbers into the metrics twice a second until it is time to stop."""
+class Watchdog:
+    """Takes a worker out of service while a step of its engine does not end, and back when it has."""
+
+    def __init__(
+        self, engine: WorkerEngine, agent: WorkerAgent, server: GrpcServer, seconds: float, not_live: list[str]
+    ) -> None:
+        self._engine = engine
+        self._agent = agent
+        self._server = server
+        self._seconds = seconds
+        self._not_live = not_live  # filled here, read by /live and /ready
+
+    async def look(self) -> None:
+        stuck = self._engine.step_seconds > self._seconds
+        if stuck:
+            self._engine.let_go()
+        if stuck == bool(self._not_live):
+            return
+        self._agent.set_draining(stuck)
+        if stuck:
+            self._not_live.append(f"no step has ended for {self._seconds:g} s")
+            log.critical("the engine makes no progress: %s", self._not_live[0])
+            await self._server.not_ready()
+        else:
+            self._not_live.clear()
+            log.warning("the engine makes progress again")
+            await self._server.ready()
+
+
+async def _watch_until(
+    stopping: asyncio.Event,
+    engine: WorkerEngine,
+    metrics: EngineMetrics,
+    agent: WorkerAgent,
+    watchdog: Watchdog,
+) -> None:
+    """Looks twice a second whether the engine works and copies its numbers into the metrics, until it is time to
+    stop or the agent has ended. Raises EngineError when the engine has failed."""
     prompt = cached = preemptions = 0
-    while not stopping.is_set():
+    while not stopping.is_set() and not agent.ended:
+        await watchdog.look()
         load, stats = engine.load(), engine.stats
         metrics.set_load(load.num_running, load.num_waiting, load.used_blocks / engine.num_blocks)
         metrics.add_prefix_lookup(stats.prompt_tokens - prompt, stats.cached_tokens - cached)

@@ -25,6 +25,7 @@ from tests.chaos.faulty_worker import Fault, arm
 from tests.chaos.proxy import FaultProxy
 
 READY_SECONDS = 90.0
+STEP_TIMEOUT = 1.5
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # of the tiny model: tokens x heads x layers x K and V x head size x float32
 _BUSY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "kv_transfers_active")
 
@@ -190,6 +191,7 @@ async def chaos_cluster(
             "kv_cache_memory": 2000 * BLOCK_BYTES,
             "max_num_batched_tokens": 64,
             "drain_timeout": 5.0,
+            "step_timeout": STEP_TIMEOUT,
             **worker,
         }
         names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]

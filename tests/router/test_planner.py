@@ -99,10 +99,20 @@ async def test_tokens_given_count_against_what_is_still_to_come(planner: Planner
         await planner.plan(replace(wanted, sampling=SamplingParams(max_tokens=8093)), spec, TOKENS, ())
 
 
-async def test_excluded_workers_are_not_planned_with(planner: Planner, spec: ModelSpec) -> None:
-    assert (await planner.plan(request(), spec, TOKENS, {"prefill-0"})).prefill is None
+async def test_excluded_workers_are_not_planned_with(
+    planner: Planner, spec: ModelSpec, workers: list[WorkerInfo]
+) -> None:
+    prefill, decode = ((info.id, info.epoch) for info in workers)
+    assert (await planner.plan(request(), spec, TOKENS, {prefill})).prefill is None
     with pytest.raises(Unavailable, match="no decode worker"):
-        await planner.plan(request(), spec, TOKENS, {"decode-0"})
+        await planner.plan(request(), spec, TOKENS, {decode})
+
+
+async def test_a_worker_that_was_restarted_since_it_failed_is_asked_again(
+    planner: Planner, spec: ModelSpec, workers: list[WorkerInfo]
+) -> None:
+    failed = {(info.id, info.epoch - 1) for info in workers}
+    assert (await planner.plan(request(), spec, TOKENS, failed)).prefill is not None
 
 
 async def test_a_model_whose_workers_have_changed_is_not_planned_for(planner: Planner, spec: ModelSpec) -> None:
