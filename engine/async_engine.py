@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -27,6 +29,7 @@ from splitserve.hashing import BlockHash
 log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 60.0
+_NICE = 10  # of the step thread: what it shares a core with, the event loop and its transfers, goes first
 _T = TypeVar("_T")
 _Item = EngineOutput | Reservation | SplitServeError
 
@@ -237,6 +240,8 @@ class AsyncEngine:
     def _run(self) -> None:
         assert self._loop is not None
         try:
+            if sys.platform == "linux":  # elsewhere threads have no priority of their own
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             self._serve()
         except Exception:
             log.critical("the engine's thread has failed: this worker can't go on", exc_info=True)
