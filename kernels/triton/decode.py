@@ -169,7 +169,8 @@ def decode(
         acc, top, total, scale if soft_cap is not None else scale * 1.4426950408889634,
         SEQUENCES=padded, KV_HEADS=kv_heads, GROUP=group, ROWS=cut.rows,
         BLOCK_TOKENS=block_tokens, HEAD_DIM=head_dim, DIM=dim, TOKENS=cut.tokens,
-        WINDOW=window, SOFT_CAP=soft_cap, WIDE=not q.is_cuda, STAGES=cut.stages,
+        WINDOW=window, SOFT_CAP=soft_cap,
+        WIDE=triton.knobs.runtime.interpret, STAGES=cut.stages,
         num_warps=cut.warps,
     )  # fmt: skip
     _combine_kernel[(sequences, heads)](

@@ -106,6 +106,7 @@ def prefill(
         out, out.stride(0), scale if soft_cap is not None else scale * 1.4426950408889634,
         SEQUENCES=triton.next_power_of_2(sequences), GROUP=group, ROWS=cut.rows,
         BLOCK_TOKENS=block_tokens, HEAD_DIM=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)),
-        TOKENS=cut.tokens, WINDOW=window, SOFT_CAP=soft_cap, WIDE=not q.is_cuda, STAGES=cut.stages,
+        TOKENS=cut.tokens, WINDOW=window, SOFT_CAP=soft_cap,
+        WIDE=triton.knobs.runtime.interpret, STAGES=cut.stages,
         num_warps=cut.warps,
     )  # fmt: skip
