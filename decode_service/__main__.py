@@ -1,4 +1,4 @@
-"""``python -m decode_service CONFIG``: a decode worker; CONFIG is a WorkerConfig as JSON."""
+"""``python -m decode_service``: a decode worker, as ``splitserve decode`` starts it."""
 
 from __future__ import annotations
 

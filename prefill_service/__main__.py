@@ -1,4 +1,4 @@
-"""``python -m prefill_service CONFIG``: a prefill worker; CONFIG is a WorkerConfig as JSON."""
+"""``python -m prefill_service``: a prefill worker, as ``splitserve prefill`` starts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m router CONFIG``: a router; CONFIG is a RouterConfig as JSON."""
+"""``python -m router``: a router, as ``splitserve router`` starts it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from router.policy import PolicyConfig
 from router.request_limit import RequestLimit
 from router.snapshot import ClusterView
 from router.vigil import Vigil
+from splitserve.api_keys import Keyring
 from splitserve.children import tell_ready
 from splitserve.config import RouterConfig
 from splitserve.directory import Directory
@@ -40,23 +41,27 @@ async def serve(config: RouterConfig) -> None:
     stopping = stop_event()
     registry = new_registry()
     metrics = RouterMetrics(registry)
-    channels = Channels()
-    async with Directory(config.redis_url) as directory, ClusterView(directory) as view:
+    channels = Channels(config.tls)
+    keyring = Keyring(config.api_keys)
+    async with Directory(config.redis_url, tls=config.tls) as directory, ClusterView(directory) as view:
         planner = Planner(directory, view, PolicyConfig(decode_only_tokens=config.decode_only_tokens))
         orchestrator = Orchestrator(planner, view, channels, metrics, config.max_retries)
         backend = ClusterBackend(
             view, Catalog(channels), channels, orchestrator, RequestLimit(config.max_concurrent_requests)
         )
-        app = create_app(backend, HttpConfig(request_seconds=config.request_timeout), metrics, registry)
-        servicer = InferenceServicer(backend, metrics)
+        app = create_app(backend, HttpConfig(request_seconds=config.request_timeout), metrics, registry, keyring)
+        servicer = InferenceServicer(backend, metrics, keyring)
         grpc_server = GrpcServer(
             config.host,
             config.grpc_port,
             [SERVICE],
             lambda server: inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server),
             grace=config.drain_timeout,
+            tls=config.public_tls,
+            keyring=keyring,
+            public=True,
         )
-        http_server = HttpServer(app, config.host, config.port, grace=config.drain_timeout)
+        http_server = HttpServer(app, config.host, config.port, config.drain_timeout, config.public_tls)
         try:
             async with asyncio.TaskGroup() as tasks, grpc_server, http_server:
                 watching = [

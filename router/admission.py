@@ -7,6 +7,8 @@ a size is at fault, both numbers.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,6 +130,13 @@ def check_salt(salt: str | None) -> str:
             f"cache_salt has {len(salt)} characters; at most {MAX_SALT_CHARS} are allowed", "cache_salt"
         )
     return salt or ""
+
+
+def tenant_salt(tenant: str, salt: str) -> str:
+    """One salt of both, empty if both are. A hash, so that no client can spell another tenant's."""
+    if not tenant and not salt:
+        return ""
+    return hashlib.sha256(json.dumps([tenant, salt]).encode()).hexdigest()
 
 
 def _fitting(spec: ModelSpec, prompt: Prompt, field: str) -> Prompt:

@@ -45,7 +45,6 @@ class Catalog:
             self._locks.pop(key, None)
 
     async def _fetch(self, workers: Sequence[WorkerInfo]) -> ModelSpec:
-        errors = []
         for worker in workers:
             try:
                 description = await self._channels.model(worker)
@@ -53,11 +52,11 @@ class Catalog:
                     raise Incompatible(f"{worker.id} announces one model and serves another")
                 spec = await asyncio.to_thread(_spec, description, min(_pool_tokens(w) for w in workers))
             except SplitServeError as error:
-                errors.append(f"{worker.id}: {error}")
+                log.warning("%s does not say what it serves: %s", worker.id, error)
                 continue
             log.info("learned a model", extra={"model": spec.name, "from": worker.id})
             return spec
-        raise Unavailable(f"no worker of {workers[0].model} says what it serves ({'; '.join(errors)})")
+        raise Unavailable(f"no worker of {workers[0].model} says what it serves")
 
 
 def _pool_tokens(worker: WorkerInfo) -> int:

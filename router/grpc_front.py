@@ -19,13 +19,16 @@ from router.admission import (
     admit_sampling,
     check_salt,
     find_model,
+    tenant_salt,
     text_prompt,
     token_prompt,
 )
 from router.answers import Answer, Answers, Piece
 from router.backend import Backend, GenerationRequest, ModelSpec
 from router.observer import NullObserver, RequestObserver
+from splitserve.api_keys import Keyring
 from splitserve.errors import InvalidRequest
+from splitserve.grpc_auth import authorization
 from splitserve.v1 import inference_pb2 as pb
 from splitserve.v1 import inference_pb2_grpc
 from splitserve.wire import finish_reason_to_proto, sampling_fields, token_to_proto
@@ -37,11 +40,14 @@ Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Serves ``backend``; ``observer`` is told about every answer."""
+    """Serves ``backend``; ``observer`` is told about every answer; ``keyring`` names the tenants."""
 
-    def __init__(self, backend: Backend, observer: RequestObserver | None = None) -> None:
+    def __init__(
+        self, backend: Backend, observer: RequestObserver | None = None, keyring: Keyring | None = None
+    ) -> None:
         self._backend = backend
         self._observer = observer or NullObserver()
+        self._keyring = keyring or Keyring()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
@@ -51,6 +57,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         arrived = loop.time()
         remaining = context.time_remaining()
         request_id = _request_id(request)
+        tenant = self._keyring.tenant(authorization(context.invocation_metadata()))
         spec = await find_model(self._backend, request.model)
         prompt = await _prompt(spec, request)
         generation = GenerationRequest(
@@ -58,7 +65,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             model=spec.name,
             prompt_tokens=prompt.tokens,
             sampling=admit_sampling(spec, prompt, sampling_fields(request.sampling)),
-            cache_salt=check_salt(request.cache_salt),
+            cache_salt=tenant_salt(tenant, check_salt(request.cache_salt)),
             deadline=None if remaining is None else arrived + remaining,
         )
         answer = Answer(self._backend, spec, generation, 0, arrived, self._observer)

@@ -17,6 +17,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitserve.cluster import WorkerInfo
+from splitserve.config import TlsFiles
 from splitserve.errors import Unavailable
 from splitserve.grpc_errors import error_from_rpc
 from splitserve.grpc_server import open_channel
@@ -83,7 +84,8 @@ class Leg(Generic[_Event]):
 class Channels:
     """One channel a worker address, opened at first use, closed when its worker has gone and no leg uses it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsFiles | None = None) -> None:
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._legs: defaultdict[str, set[Leg[Any]]] = defaultdict(set)  # open ones, by address
         self._asked: set[str] = set()  # addresses that `answers` waits for
@@ -138,7 +140,7 @@ class Channels:
 
     def _at(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = open_channel(address)
+            self._channels[address] = open_channel(address, self._tls)
         return self._channels[address]
 
     async def model(self, worker: WorkerInfo) -> ModelDescription:

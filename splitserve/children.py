@@ -20,7 +20,7 @@ from typing import Self
 
 from splitserve.config import RouterConfig, WorkerConfig
 from splitserve.errors import ConfigError
-from splitserve.process import config_to_json, tell_parent
+from splitserve.process import config_environment, tell_parent
 
 _KILL_AFTER = 5.0  # seconds behind the child's own drain timeout
 _MODULES = {"prefill": "prefill_service", "decode": "decode_service"}
@@ -67,7 +67,8 @@ class Child:
                 sys.executable,
                 "-m",
                 self.module,
-                config_to_json(config),
+                self.name,  # for whoever reads a list of processes
+                env=config_environment(config),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,

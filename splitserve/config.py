@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from splitserve.api_keys import ApiKey
 from splitserve.cluster import Role
 
 
@@ -11,6 +12,15 @@ from splitserve.cluster import Role
 class LogConfig:
     level: str = "info"
     json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files: a certificate (chain) and its key; with ``ca`` the peer must show one signed by it."""
+
+    cert: str
+    key: str
+    ca: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,8 @@ class WorkerConfig:
     transfer_lease_seconds: float = 10.0
     step_timeout: float = 60.0  # a step that takes longer will never end: not live
     drain_timeout: float = 30.0
+    api_keys: tuple[ApiKey, ...] = ()  # guard /metrics
+    tls: TlsFiles | None = None  # between processes, mutual
     log: LogConfig = field(default_factory=LogConfig)
     ready_fd: int | None = None  # a pipe to tell a parent process that this one serves
 
@@ -60,5 +72,8 @@ class RouterConfig:
     request_timeout: float = 600.0
     worker_timeout: float = 2.0  # a worker that is silent for so long has lost its open requests
     drain_timeout: float = 30.0
+    api_keys: tuple[ApiKey, ...] = ()  # none: everybody may ask
+    tls: TlsFiles | None = None  # between processes, mutual
+    public_tls: TlsFiles | None = None  # what clients of both fronts see; they show no certificate
     log: LogConfig = field(default_factory=LogConfig)
     ready_fd: int | None = None  # a pipe to tell a parent process that this one serves

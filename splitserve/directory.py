@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from splitserve.cluster import WorkerInfo, WorkerLoad, WorkerState
+from splitserve.config import TlsFiles
 from splitserve.directory_records import (
     TransferRecord,
     TransferState,
@@ -47,10 +48,12 @@ class Directory:
     Every method but ``connect`` raises Unavailable when Redis fails or does not answer in time.
     """
 
-    def __init__(self, url: str, lease_seconds: float = 5.0, timeout: float = 1.0) -> None:
+    def __init__(
+        self, url: str, lease_seconds: float = 5.0, timeout: float = 1.0, tls: TlsFiles | None = None
+    ) -> None:
         self.lease_seconds = lease_seconds
         self._lease_ms = max(1, round(lease_seconds * 1000))
-        self._redis = RedisClient(url, timeout)
+        self._redis = RedisClient(url, timeout, tls)
         self._register = Script.named("register")
         self._heartbeat = Script.named("heartbeat")
         self._claim = Script.named("claim")

@@ -7,7 +7,8 @@
     ├── NotFound              no such model, path, transfer        NOT_FOUND           404
     ├── Overloaded            queues are full: try again later     RESOURCE_EXHAUSTED  429
     ├── Unavailable           no worker, or it went away           UNAVAILABLE         503
-    │   └── TransferFailed    KV blocks could not be fetched       UNAVAILABLE         503
+    │   ├── TransferFailed    KV blocks could not be fetched       UNAVAILABLE         503
+    │   └── PeerLost          no connection to another process     UNAVAILABLE         503
     ├── DeadlineExceeded      the request's time is over           DEADLINE_EXCEEDED   504
     ├── Incompatible          peer with another model or layout    FAILED_PRECONDITION 503
     ├── ConfigError           a flag, file or address is wrong     (exit code 1 at start)
@@ -22,15 +23,22 @@ from typing import ClassVar
 
 
 class SplitServeError(Exception):
-    """Root of the tree. ``grpc_status`` is the name of a ``grpc.StatusCode``."""
+    """Root of the tree. ``grpc_status`` is the name of a ``grpc.StatusCode``; ``told`` stands in for messages
+    that name workers, addresses and other insides, which clients must not learn."""
 
     grpc_status: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
     kind: ClassVar[str] = "internal_error"
+    told: ClassVar[str | None] = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    @property
+    def public(self) -> str:
+        """What a client may read; the log has the message."""
+        return self.message if self.told is None else self.told
 
 
 class InvalidRequest(SplitServeError):
@@ -91,10 +99,18 @@ class TransferFailed(Unavailable):
     """``reason`` is one of a small set of words, used as a metric label; ``blocks_received`` is how many leading
     blocks did arrive and are good."""
 
+    told = "the KV blocks of this request could not be fetched; try again"
+
     def __init__(self, message: str, reason: str, blocks_received: int = 0) -> None:
         super().__init__(message)
         self.reason = reason
         self.blocks_received = blocks_received
+
+
+class PeerLost(Unavailable):
+    """gRPC's own words about a connection, with addresses in them."""
+
+    told = "a worker of this request went away; try again"
 
 
 class DeadlineExceeded(SplitServeError):
@@ -107,14 +123,19 @@ class Incompatible(SplitServeError):
     grpc_status = "FAILED_PRECONDITION"
     http_status = 503
     kind = "service_unavailable_error"
+    told = "no worker can serve this request as it is"
 
 
 class ConfigError(SplitServeError):
     """Printed as one line; the process exits with code 1."""
 
+    told = "internal error"
+
 
 class EngineError(SplitServeError):
     """The engine could not go on with this request; others are not affected."""
+
+    told = "the engine failed on this request"
 
 
 BY_GRPC_STATUS: dict[str, type[SplitServeError]] = {

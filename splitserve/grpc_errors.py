@@ -23,6 +23,7 @@ from splitserve.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    PeerLost,
     RequestTooLarge,
     SplitServeError,
     TransferFailed,
@@ -57,14 +58,15 @@ def error_metadata(error: SplitServeError) -> Metadata:
 def error_from_rpc(error: grpc.aio.AioRpcError) -> SplitServeError:
     """The error that the peer raised; for failures of gRPC itself, the nearest of ours.
 
-    A failure of the connection, whatever status gRPC gives it, is Unavailable: another worker may do.
+    A failure of the connection, whatever status gRPC gives it, is PeerLost: another worker may do.
     """
     message = error.details() or error.code().name
     trailer = {str(key): str(value) for key, value in error.trailing_metadata() or ()}
     kind = _KINDS.get(trailer.get(KIND, ""))
     if kind is None:
         by_status = {"UNIMPLEMENTED": Incompatible, "UNKNOWN": EngineError} | BY_GRPC_STATUS
-        kind = by_status.get(error.code().name, Unavailable)
+        kind = by_status.get(error.code().name, PeerLost)
+        kind = PeerLost if kind is Unavailable else kind
     if issubclass(kind, TransferFailed):
         failure = kind(message, trailer.get(REASON, "unknown"))
         failure.retry_after = _seconds(trailer.get(RETRY_AFTER))
@@ -77,7 +79,12 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> SplitServeError:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what servicers raise into statuses. Cancellation passes unlogged: the caller went away."""
+    """Turns what servicers raise into statuses. Cancellation passes unlogged: the caller went away.
+
+    ``public``: callers are told `SplitServeError.public`, not what the error says among ourselves."""
+
+    def __init__(self, public: bool = False) -> None:
+        self._public = public
 
     async def intercept_service(
         self,
@@ -101,7 +108,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         wrap = _wrap_stream if handler.response_streaming else _wrap_unary
         make = getattr(grpc, _HANDLERS[handler.request_streaming, handler.response_streaming])
         return make(
-            wrap(behaviour, handler_call_details.method),
+            wrap(behaviour, handler_call_details.method, self._public),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -115,7 +122,7 @@ _HANDLERS = {
 }
 
 
-def _wrap_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _wrap_unary(behaviour: Callable[..., Any], method: str, public: bool) -> Callable[..., Any]:
     if not inspect.iscoroutinefunction(behaviour):
         return behaviour  # of a synchronous servicer, which runs in a thread of gRPC's own
 
@@ -123,12 +130,12 @@ def _wrap_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Any
         try:
             return await behaviour(request, context)
         except Exception as error:
-            await _abort(error, context, method)
+            await _abort(error, context, method, public)
 
     return call
 
 
-def _wrap_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _wrap_stream(behaviour: Callable[..., Any], method: str, public: bool) -> Callable[..., Any]:
     if not (inspect.isasyncgenfunction(behaviour) or inspect.iscoroutinefunction(behaviour)):
         return behaviour
 
@@ -142,7 +149,7 @@ def _wrap_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., An
             else:
                 await behaviour(request, context)
         except Exception as error:
-            await _abort(error, context, method)
+            await _abort(error, context, method, public)
 
     return call
 
@@ -152,7 +159,9 @@ async def _write_all(messages: AsyncIterator[Any], context: grpc.aio.ServicerCon
         await context.write(message)
 
 
-async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str) -> NoReturn:
+async def _abort(
+    error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str, public: bool
+) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if context.cancelled():
@@ -161,7 +170,8 @@ async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], 
         logger.error("%s failed", method, exc_info=error)
         error = EngineError("internal error")
     status = grpc.StatusCode[error.grpc_status]
-    await context.abort(status, error.message[:MAX_MESSAGE], error_metadata(error))
+    message = error.public if public else error.message
+    await context.abort(status, message[:MAX_MESSAGE], error_metadata(error))
 
 
 def _ascii(text: str) -> str:

@@ -18,8 +18,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
 
+from splitserve.api_keys import Keyring
+from splitserve.config import TlsFiles
 from splitserve.errors import ConfigError
+from splitserve.grpc_auth import AuthInterceptor
 from splitserve.grpc_errors import ErrorInterceptor, error_from_rpc
+from splitserve.tls import channel_credentials, server_credentials
 
 __all__ = ["GrpcServer", "check_health", "error_from_rpc", "open_channel"]
 
@@ -51,8 +55,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
     """A channel to a worker at ``host:port``, with the limits and keepalive that its server expects."""
+    if tls is not None:
+        return grpc.aio.secure_channel(address, channel_credentials(tls), options=CHANNEL_OPTIONS)
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
@@ -64,6 +70,7 @@ class GrpcServer:
 
     ``register`` adds the servicers to the ``grpc.aio.Server`` that it is given. Leaving the block refuses new
     calls and waits ``grace`` seconds for the open ones. Raises ConfigError when the port can't be bound.
+    ``public``: what errors say of our insides is kept from the callers, who are not of the cluster.
     """
 
     def __init__(
@@ -74,6 +81,9 @@ class GrpcServer:
         register: Callable[[grpc.aio.Server], None],
         grace: float = 5.0,
         max_concurrent_rpcs: int | None = None,
+        tls: TlsFiles | None = None,
+        keyring: Keyring | None = None,
+        public: bool = False,
     ) -> None:
         self._host = host
         self._port = port
@@ -81,6 +91,9 @@ class GrpcServer:
         self._register = register
         self._grace = grace
         self._max_concurrent_rpcs = max_concurrent_rpcs
+        self._tls = tls
+        self._keyring = keyring or Keyring()
+        self._public = public
         self._health = health.aio.HealthServicer()
         self._ready: set[str] = set()
         self._server: grpc.aio.Server | None = None
@@ -108,8 +121,9 @@ class GrpcServer:
         """Binds and serves, every service NOT_SERVING until ``ready``. Returns the port."""
         assert self._server is None, "already started"
         _check_free(self._host, self._port)
+        credentials = None if self._tls is None else server_credentials(self._tls)
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[AuthInterceptor(self._keyring), ErrorInterceptor(self._public)],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )
@@ -119,7 +133,12 @@ class GrpcServer:
         for service in ("", *self._services):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            port = server.add_insecure_port(_join(self._host, self._port))
+            address = _join(self._host, self._port)
+            port = (
+                server.add_insecure_port(address)
+                if credentials is None
+                else server.add_secure_port(address, credentials)
+            )
         except RuntimeError as error:
             await server.stop(None)
             raise ConfigError(f"cannot listen on {self.address}: is the port in use?") from error
@@ -169,9 +188,9 @@ def _check_free(host: str, port: int) -> None:
         raise ConfigError(f"cannot listen on {_join(host, port)}: {error.strerror}") from error
 
 
-async def check_health(address: str, service: str = "", timeout: float = 2.0) -> bool:
+async def check_health(address: str, service: str = "", timeout: float = 2.0, tls: TlsFiles | None = None) -> bool:
     """Whether the server at ``address`` says SERVING for ``service``; False when it can't be reached."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             async with asyncio.timeout(timeout):

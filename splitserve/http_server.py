@@ -15,7 +15,9 @@ from typing import Any, Self
 
 import uvicorn
 
+from splitserve.config import TlsFiles
 from splitserve.errors import ConfigError
+from splitserve.tls import check_files
 
 BACKLOG = 2048
 
@@ -24,13 +26,23 @@ class HttpServer:
     """Serves an ASGI ``app`` on ``host:port`` (0 picks a port) between ``start`` and ``close``.
 
     Raises ConfigError when the port can't be bound. ``grace``: seconds that open requests get at the end.
+    ``tls``: speak HTTPS; a CA in it is not asked for, clients show no certificate.
     """
 
-    def __init__(self, app: Any, host: str, port: int, grace: float = 5.0, **options: Any) -> None:
+    def __init__(
+        self,
+        app: Any,
+        host: str,
+        port: int,
+        grace: float = 5.0,
+        tls: TlsFiles | None = None,
+        **options: Any,
+    ) -> None:
         self._app = app
         self._host = host
         self._port = port
         self._grace = grace
+        self._tls = tls
         self._options = options
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
@@ -43,7 +55,7 @@ class HttpServer:
     @property
     def url(self) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}"
+        return f"{'https' if self._tls else 'http'}://{host}:{self._port}"
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -57,6 +69,8 @@ class HttpServer:
     async def start(self) -> int:
         """Listens when it returns. Returns the port."""
         assert self._task is None, "already started"
+        if self._tls is not None:
+            check_files(self._tls)
         listener = bind(self._host, self._port)
         self._port = listener.getsockname()[1]
         config = uvicorn.Config(
@@ -67,6 +81,8 @@ class HttpServer:
             ws="none",
             server_header=False,
             timeout_graceful_shutdown=max(1, round(self._grace)),
+            ssl_certfile=None if self._tls is None else self._tls.cert,
+            ssl_keyfile=None if self._tls is None else self._tls.key,
             **self._options,
         )
         self._server = _Server(config)

@@ -16,11 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import httpx
+
+from splitserve.api_keys import ApiKey, new_key
 from splitserve.children import Child
 from splitserve.config import RouterConfig, WorkerConfig
-from splitserve.grpc_server import open_channel
 from splitserve.redis_server import PrivateRedis
-from splitserve.v1 import inference_pb2, inference_pb2_grpc
 
 START_SECONDS = 600.0  # a large model takes long to read
 SEEN_SECONDS = 10.0
@@ -43,6 +44,7 @@ class LocalCluster:
 
     def __init__(self, spec: ClusterSpec, report: Report | None = None) -> None:
         self._spec = spec
+        self._key = new_key()  # to ask the router ourselves, where it asks for keys
         self._report = report or (lambda process, text: None)
         self._stack = AsyncExitStack()
         self.redis: PrivateRedis | None = None
@@ -68,7 +70,11 @@ class LocalCluster:
                 self.redis_url = await self._stack.enter_async_context(self.redis)
                 self._report("redis", "ready")
             await asyncio.gather(*(self._start(c.worker_id or c.role, c) for c in self._spec.workers))
-            await self._start("router", self._spec.router)
+            router = self._spec.router
+            if router.api_keys:
+                own = ApiKey.of(self._key, "splitserve-up")
+                router = replace(router, api_keys=(*router.api_keys, own))
+            await self._start("router", router)
             names = list(self.children)
             await asyncio.gather(*(self._ready(self.children[name]) for name in names))
             await self._seen(len(self.children) - 1)
@@ -127,12 +133,20 @@ class LocalCluster:
         self._report(child.name, "ready at " + ", ".join(f"{k} {v}" for k, v in addresses.items()))
 
     async def _seen(self, num_workers: int) -> None:
-        """Waits until the router knows so many workers."""
-        async with asyncio.timeout(SEEN_SECONDS), open_channel(self.grpc_address) as channel:
-            stub = inference_pb2_grpc.InferenceStub(channel)
+        """Waits until the router knows so many workers. Our own child may show any certificate."""
+        async with (
+            asyncio.timeout(SEEN_SECONDS),
+            httpx.AsyncClient(
+                base_url=self.http_url,
+                headers={"Authorization": f"Bearer {self._key}"},
+                timeout=SEEN_SECONDS,
+                verify=False,  # noqa: S501
+                trust_env=False,
+            ) as client,
+        ):
             while True:
-                reply = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=SEEN_SECONDS)
-                if sum(m.prefill_workers + m.decode_workers for m in reply.models) >= num_workers:
+                models = (await client.get("/v1/models")).raise_for_status().json()["data"]
+                if sum(m["prefill_workers"] + m["decode_workers"] for m in models) >= num_workers:
                     return
                 await asyncio.sleep(0.05)
 

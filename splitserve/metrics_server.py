@@ -1,6 +1,7 @@
 """The HTTP port of a worker: ``/metrics`` for Prometheus, ``/live`` and ``/ready`` for whoever restarts it.
 
-Owns no metric and no state: asks for both at each request. Invariant: nothing but these three paths, read only.
+Owns no metric and no state: asks for both at each request. Invariant: nothing but these three paths, read only;
+where keys are set, a status alone without one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any, Self
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from splitserve.api_keys import Keyring
+from splitserve.config import TlsFiles
+from splitserve.errors import Unauthenticated
 from splitserve.http_server import HttpServer
 
 TEXT = "text/plain; charset=utf-8"
@@ -31,11 +35,14 @@ class MetricsServer:
         host: str = "127.0.0.1",
         port: int = 0,
         not_live: Callable[[], Sequence[str]] = tuple,
+        keyring: Keyring | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
+        self._keyring = keyring or Keyring()
         self._registry = registry
         self._not_ready = not_ready
         self._not_live = not_live
-        self._server = HttpServer(self._app, host, port, grace=1.0, interface="asgi3")
+        self._server = HttpServer(self._app, host, port, grace=1.0, tls=tls, interface="asgi3")
 
     @property
     def port(self) -> int:
@@ -69,12 +76,22 @@ class MetricsServer:
     ) -> None:
         if scope["type"] != "http":
             return
-        status, content_type, body = self._answer(scope["method"], scope["path"])
-        headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        status, content_type, body = self._answer(scope["method"], scope["path"], headers.get(b"authorization"))
+        said = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+        if status == 401:
+            said.append((b"www-authenticate", b"Bearer"))
+        await send({"type": "http.response.start", "status": status, "headers": said})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
-    def _answer(self, method: str, path: str) -> tuple[int, str, bytes]:
+    def _answer(self, method: str, path: str, authorization: str | None) -> tuple[int, str, bytes]:
+        try:
+            self._keyring.tenant(authorization)
+            known = True
+        except Unauthenticated as error:
+            if path not in ("/live", "/ready"):
+                return 401, TEXT, f"{error.message}\n".encode()
+            known = False
         if path not in ("/metrics", "/live", "/ready"):
             return 404, TEXT, b"not found\n"
         if method not in ("GET", "HEAD"):
@@ -83,5 +100,6 @@ class MetricsServer:
             return 200, CONTENT_TYPE_LATEST, generate_latest(self._registry)
         reasons = self._not_ready() if path == "/ready" else self._not_live()
         if reasons:
-            return 503, TEXT, "".join(f"{reason}\n" for reason in reasons).encode()
+            told = reasons if known else ("not " + path[1:],)
+            return 503, TEXT, "".join(f"{reason}\n" for reason in told).encode()
         return 200, TEXT, b"ok\n"

@@ -1,7 +1,8 @@
 """How a process begins and ends, whatever it serves: configuration in, exit code out.
 
-A parent passes the configuration as one JSON argument. Invariant: a wrong configuration gives one line on
-stderr (or for the parent that waits to hear it) and exit code 1, never a traceback.
+A parent passes the configuration as JSON in the environment, which other users of the machine can't read as they
+can arguments: it may hold the password of Redis. Invariant: a wrong configuration gives one line on stderr (or for
+the parent that waits to hear it) and exit code 1, never a traceback.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from typing import Any, NoReturn, TypeVar
 
 import uvloop
 
+from splitserve.api_keys import ApiKey
 from splitserve.cluster import Role
-from splitserve.config import LogConfig, RouterConfig, WorkerConfig
+from splitserve.config import LogConfig, RouterConfig, TlsFiles, WorkerConfig
 from splitserve.errors import ConfigError, EngineError, Unavailable
 
 _Config = TypeVar("_Config", WorkerConfig, RouterConfig)
+CONFIG_VARIABLE = "SPLITSERVE_PROCESS"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,6 +37,10 @@ def config_from_json(kind: type[_Config], text: str) -> _Config:
     """The inverse of `config_to_json`."""
     fields: dict[str, Any] = json.loads(text)
     fields["log"] = LogConfig(**fields["log"])
+    fields["api_keys"] = tuple(ApiKey(**key) for key in fields["api_keys"])
+    for name in ("tls", "public_tls"):
+        if fields.get(name) is not None:
+            fields[name] = TlsFiles(**fields[name])
     for name in ("transports", "cores"):
         if name in fields:
             fields[name] = tuple(fields[name])
@@ -42,9 +49,16 @@ def config_from_json(kind: type[_Config], text: str) -> _Config:
     return kind(**fields)
 
 
+def config_environment(config: WorkerConfig | RouterConfig) -> dict[str, str]:
+    """This process's environment with the configuration of one that it starts or becomes."""
+    return {**os.environ, CONFIG_VARIABLE: config_to_json(config)}
+
+
 def run_process(kind: type[_Config], serve: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
-    """Runs ``serve`` with the configuration in ``argv[1]`` on the process's cores, and exits."""
-    config = config_from_json(kind, sys.argv[1])
+    """Runs ``serve`` with the configuration that a parent left in the environment, and exits."""
+    if CONFIG_VARIABLE not in os.environ:
+        sys.exit("splitserve: this module is started by `splitserve router`, `prefill`, `decode` or `up`")
+    config = config_from_json(kind, os.environ.pop(CONFIG_VARIABLE))
     if config.ready_fd is not None:
         end_with_parent()
     try:

@@ -21,6 +21,7 @@ from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from splitserve import lua
+from splitserve.config import TlsFiles
 from splitserve.errors import ConfigError, Unavailable
 
 T = TypeVar("T")
@@ -65,10 +66,11 @@ def redacted(url: str) -> str:
 class RedisClient:
     """Runs commands and scripts. ``url``: redis://, rediss:// or unix:// ; ``timeout`` in seconds a call.
 
+    ``tls``: what a rediss:// connection shows and believes, unless the URL's query says otherwise.
     Raises ConfigError for a URL that is none; every call raises Unavailable when Redis fails or is silent.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, tls: TlsFiles | None = None) -> None:
         self.address = redacted(url)
         self._timeout = timeout
         self._silent = False
@@ -86,6 +88,7 @@ class RedisClient:
                 socket_connect_timeout=timeout,
                 # A pooled connection that Redis has closed (it restarted) costs one silent second try.
                 retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+                **(_tls_options(tls) if url.startswith("rediss://") else {}),
             )
         except ValueError as error:
             raise ConfigError(f"not a Redis URL: {self.address} (redis://, rediss:// or unix://)") from error
@@ -151,6 +154,13 @@ class RedisClient:
                 self._probing = False
         self._silent = False
         return reply
+
+
+def _tls_options(files: TlsFiles | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
+    if files is not None:
+        options |= {"ssl_certfile": files.cert, "ssl_keyfile": files.key, "ssl_ca_certs": files.ca}
+    return options
 
 
 def _one_line(error: Exception) -> str:

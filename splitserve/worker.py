@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 import splitserve
 from splitserve.addresses import advertised_host, join
 from splitserve.agent import WorkerAgent
+from splitserve.api_keys import Keyring
 from splitserve.children import tell_ready
 from splitserve.cluster import Role, WorkerInfo, WorkerLoad
 from splitserve.config import WorkerConfig
@@ -134,9 +135,15 @@ async def run_worker(
     not_ready = ["the model is being loaded"]
     not_live: list[str] = []
     async with (
-        Directory(config.redis_url, config.lease_seconds) as directory,
+        Directory(config.redis_url, config.lease_seconds, tls=config.tls) as directory,
         MetricsServer(
-            registry, lambda: not_ready + not_live, config.host, config.metrics_port, lambda: not_live
+            registry,
+            lambda: not_ready + not_live,
+            config.host,
+            config.metrics_port,
+            lambda: not_live,
+            Keyring(config.api_keys),
+            config.tls,
         ) as metrics_server,
     ):
         reachable = await advertised_host(config.host, config.advertise_host, config.redis_url)
@@ -152,6 +159,7 @@ async def run_worker(
                 [role.service, WORKER_SERVICE],
                 lambda s: _register(s, role, description),
                 grace=config.drain_timeout,
+                tls=config.tls,
             )
             async with server:
                 info = _info(config, description, engine, server.port, await role.start())

@@ -20,6 +20,7 @@ from router.http.models import model_routes
 from router.http.service import GenerationService, HttpConfig
 from router.http.tokenize import tokenize_routes
 from router.observer import NullObserver, RequestObserver
+from splitserve.api_keys import Keyring
 
 
 def create_app(
@@ -27,6 +28,7 @@ def create_app(
     config: HttpConfig | None = None,
     observer: RequestObserver | None = None,
     registry: CollectorRegistry | None = None,
+    keyring: Keyring | None = None,
 ) -> FastAPI:
     """An ASGI application.
 
@@ -35,10 +37,11 @@ def create_app(
         config: limits and deadlines.
         observer: told about every answer, such as ``RouterMetrics``.
         registry: what ``/metrics`` shows.
+        keyring: who may ask; without keys, everybody.
     """
     config = config or HttpConfig()
     app = FastAPI(title="SplitServe", version=version("splitserve"), strict_content_type=False, redoc_url=None)
-    app.add_middleware(RequestGate, limits=config.limits)
+    app.add_middleware(RequestGate, limits=config.limits, keyring=keyring or Keyring())
     install_error_handlers(app)
     service = GenerationService(backend, config, observer or NullObserver())
     for routes in (

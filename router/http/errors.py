@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from router.admission import ContextLengthExceeded
-from splitserve.errors import NotFound, SplitServeError
+from splitserve.errors import NotFound, SplitServeError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,15 @@ def error_response(
 
 def body_of(error: SplitServeError) -> bytes:
     """The body alone, for an error in the middle of a stream."""
-    return error_body(error.message, error.kind, getattr(error, "field", None), _code(error))
+    return error_body(error.public, error.kind, getattr(error, "field", None), _code(error))
 
 
 def response_to(error: SplitServeError) -> Response:
-    """Status, body and ``Retry-After`` of an error of our own tree."""
+    """Status, body and the headers of an error of our own tree."""
     retry_after = getattr(error, "retry_after", None)
     headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     return Response(body_of(error), error.http_status, headers, media_type="application/json")
 
 
@@ -76,6 +78,8 @@ async def _on_own_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, SplitServeError)
     if error.http_status == 500:
         log.error("request failed: %s", error.message, exc_info=error)
+    elif error.public != error.message:
+        log.warning("request failed: %s", error.message)
     return response_to(error)
 
 
@@ -105,6 +109,8 @@ async def _on_client_gone(_: Request, error: Exception) -> Response:
 
 
 def _code(error: SplitServeError) -> str | None:
+    if isinstance(error, Unauthenticated):
+        return "invalid_api_key"
     if isinstance(error, NotFound) and error.field == "model":
         return "model_not_found"
     if isinstance(error, ContextLengthExceeded):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -22,9 +22,10 @@ def health_routes(backend: Backend, registry: CollectorRegistry) -> APIRouter:
 
     @router.get("/ready", summary="200 if requests can be served, else 503 with the reasons")
     @router.get("/health", summary="The same as /ready")
-    async def ready() -> dict[str, str]:
+    async def ready(request: Request) -> dict[str, str]:
         if reasons := backend.readiness():
-            raise Unavailable(f"not ready: {'; '.join(reasons)}")
+            known = request.scope["state"]["tenant"] is not None  # a stranger learns the status alone
+            raise Unavailable(f"not ready: {'; '.join(reasons)}" if known else "not ready")
         return {"status": "ok"}
 
     @router.get("/version", summary="The version of SplitServe")

@@ -1,8 +1,8 @@
-"""The outermost layer of every HTTP request: its id, its size, its last resort.
+"""The outermost layer of every HTTP request: its id, its key, its size, its last resort.
 
-Owns the request id, limits on headers and body, and the answer to bugs of our own; knows no paths.
-Invariant: the application sees a request only when its body is complete and within the limit, and every
-answer carries ``X-Request-Id``.
+Owns the request id, limits on headers and body, and the answer to bugs of our own; knows of all paths only
+those that need no key. Invariant: the application sees a request only when its key is valid and its body
+complete and within the limit, and every answer carries ``X-Request-Id``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import logging
 import uuid
 from dataclasses import dataclass
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.http.errors import error_response, internal_error
-from splitserve.errors import InvalidRequest
+from router.http.errors import error_response, internal_error, response_to
+from splitserve.api_keys import Keyring
+from splitserve.errors import InvalidRequest, Unauthenticated
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 128  # characters
+OPEN_PATHS = frozenset({"/live", "/ready", "/health"})  # probes have no key: they learn a status, no reasons
 _DISCARD_SECONDS = 2.0
 _DISCARD_LIMITS = 8  # times the limit of a body
 
@@ -44,11 +47,14 @@ def new_request_id() -> str:
 
 
 class RequestGate:
-    """ASGI middleware; leaves the request id in ``scope["state"]["request_id"]``."""
+    """ASGI middleware; leaves ``request_id`` and ``tenant`` in ``scope["state"]``.
 
-    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
+    The tenant is the name of the client's API key: empty without keys, ``None`` for a probe without one."""
+
+    def __init__(self, app: ASGIApp, limits: RequestLimits, keyring: Keyring) -> None:
         self._app = app
         self._limits = limits
+        self._keyring = keyring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,10 +75,15 @@ class RequestGate:
             await send(message)
 
         try:
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
-                await _refuse(
-                    431, f"headers of over {self._limits.header_bytes} bytes", scope, receive, send_with_id
-                )
+            if _head_bytes(scope) > self._limits.header_bytes:
+                refusal = error_response(431, f"address and headers of over {self._limits.header_bytes} bytes")
+                await _refuse(refusal, scope, receive, send_with_id)
+                return
+            try:
+                scope["state"]["tenant"] = self._tenant(scope)
+            except Unauthenticated as error:
+                await _discard(receive, self._limits.body_bytes, more=_has_body(scope))
+                await _refuse(response_to(error), scope, receive, send_with_id)
                 return
             body = await self._body(scope, receive, send_with_id)
             if body is not None:
@@ -82,6 +93,15 @@ class RequestGate:
             if started:
                 raise  # the server breaks the connection off, so that the client sees an incomplete answer
             await internal_error()(scope, receive, send_with_id)
+
+    def _tenant(self, scope: Scope) -> str | None:
+        """Raises Unauthenticated."""
+        try:
+            return self._keyring.tenant(_header(scope, b"authorization"))
+        except Unauthenticated:
+            if scope["path"] in OPEN_PATHS:
+                return None
+            raise
 
     async def _body(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
         """The whole body; ``None`` if the request was answered or the client left."""
@@ -101,13 +121,14 @@ class RequestGate:
                     more = message.get("more_body", False)
                     too_large = size > limit
         except TimeoutError:
-            seconds = self._limits.body_seconds
-            await _refuse(408, f"The body did not arrive within {seconds:g} s", scope, receive, send)
+            late = error_response(408, f"The body did not arrive within {self._limits.body_seconds:g} s")
+            await _refuse(late, scope, receive, send)
             return None
         if too_large:
             parts.clear()
             await _discard(receive, _DISCARD_LIMITS * limit, more)
-            await _refuse(413, f"The body is over the limit of {limit} bytes", scope, receive, send)
+            refusal = error_response(413, f"The body is over the limit of {limit} bytes")
+            await _refuse(refusal, scope, receive, send)
             return None
         return b"".join(parts)
 
@@ -123,9 +144,10 @@ async def _discard(receive: Receive, limit: int, more: bool) -> None:
                 more = message.get("more_body", False)
 
 
-async def _refuse(status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
+async def _refuse(answer: Response, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers a request that may not have been read to its end, so its connection cannot be used again."""
-    await error_response(status, message, headers={"Connection": "close"})(scope, receive, send)
+    answer.headers["Connection"] = "close"
+    await answer(scope, receive, send)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -143,17 +165,30 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and valid_request_id(text := value.decode("latin-1")):
-            return str(text)
-    return new_request_id()
+    given = _header(scope, b"x-request-id")
+    return given if given is not None and valid_request_id(given) else new_request_id()
 
 
 def _content_length(scope: Scope) -> int:
+    length = _header(scope, b"content-length") or ""
+    return int(length) if length.isdecimal() else 0
+
+
+def _has_body(scope: Scope) -> bool:
+    return _content_length(scope) > 0 or _header(scope, b"transfer-encoding") is not None
+
+
+def _head_bytes(scope: Scope) -> int:
+    headers = sum(len(name) + len(value) for name, value in scope["headers"])
+    return headers + len(scope["raw_path"]) + len(scope["query_string"])
+
+
+def _header(scope: Scope, wanted: bytes) -> str | None:
+    """The first header of this name, which is in small letters."""
     for name, value in scope["headers"]:
-        if name == b"content-length":
-            return int(value) if value.isdigit() else 0
-    return 0
+        if name == wanted:
+            return str(value.decode("latin-1"))
+    return None
 
 
 def request_timeout(value: str | None, longest: float) -> float:

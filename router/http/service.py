@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import Request
 
-from router.admission import Prompt, admit_sampling, check_salt, find_model, nth_seed
+from router.admission import Prompt, admit_sampling, check_salt, find_model, nth_seed, tenant_salt
 from router.answers import Answer, Answers
 from router.backend import Backend, GenerationRequest, ModelSpec
 from router.http.limits import RequestLimits, request_timeout
@@ -106,8 +106,8 @@ class GenerationService:
             InvalidRequest: a parameter is out of its range or does not fit the prompt.
         """
         n = body.choices
-        salt = check_salt(body.cache_salt)
-        request_id = request.scope["state"]["request_id"]
+        state = request.scope["state"]
+        salt, request_id = tenant_salt(state["tenant"], check_salt(body.cache_salt)), state["request_id"]
         answers: list[Answer] = []
         for prompt in prompts:
             sampling = admit_sampling(spec, prompt, fields, default_max_tokens, field)

@@ -25,13 +25,16 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1)] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, max=2)] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar="SPLITSERVE_API_KEY")] = None,
 ) -> None:
     """Streams answers in the terminal. An empty line or Ctrl-D ends."""
     console = Console(highlight=False)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     settings = {"max_tokens": max_tokens, "temperature": temperature, "model": model}
     try:
-        opened = httpx.Client(base_url=url, timeout=_TIMEOUT)
+        key = (api_key or "").partition(" ")[0]  # the variable may hold several
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        opened = httpx.Client(base_url=url, timeout=_TIMEOUT, headers=headers)
     except httpx.InvalidURL as error:
         raise ConfigError(f"--url {url}: {error}") from error
     with opened as client:

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from splitserve.api_keys import ApiKey, read_keys
 from splitserve.cluster import Role
-from splitserve.config import LogConfig, WorkerConfig
+from splitserve.config import LogConfig, TlsFiles, WorkerConfig
 from splitserve.errors import ConfigError
+from splitserve.tls import check_files
 
 
 def _load_yaml(context: typer.Context, path: Path | None) -> Path | None:
@@ -117,6 +119,30 @@ GrpcPort = Annotated[
     int, _option("--grpc-port", help="Port of the public gRPC API; 0: any free one.", min=0, max=65535)
 ]
 WorkerPort = Annotated[int, typer.Option("--port", help="gRPC port; 0: any free one.", min=0, max=65535)]
+ApiKeys = Annotated[
+    list[str] | None,
+    _option(
+        "--api-key",
+        help="A key that clients must show; may be given several times. In the variable, keys are separated by"
+        " spaces. Other users can see flags: better there, or in --api-key-file.",
+    ),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    _option("--api-key-file", help="More keys, a line each: NAME KEY, or NAME sha256:DIGEST. # begins a comment."),
+]
+TlsCert = Annotated[
+    Path | None,
+    _option("--tls-cert", help="PEM certificate for gRPC between processes; names the advertised host."),
+]
+TlsKey = Annotated[Path | None, _option("--tls-key", help="PEM key of --tls-cert.")]
+TlsCa = Annotated[
+    Path | None, _option("--tls-ca", help="PEM certificate of the authority that signed the other processes'.")
+]
+SslCert = Annotated[
+    Path | None, _option("--ssl-certfile", help="PEM certificate that clients see: HTTPS and gRPC over TLS.")
+]
+SslKey = Annotated[Path | None, _option("--ssl-keyfile", help="PEM key of --ssl-certfile.")]
 LogLevel = Annotated[str, _option("--log-level", help="debug, info, warning or error.", callback=_log_level)]
 LogJson = Annotated[bool, _option("--log-json/--no-log-json", help="One JSON object a line.")]
 
@@ -170,6 +196,33 @@ def parse_list(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
+def api_keys(flags: Mapping[str, Any]) -> tuple[ApiKey, ...]:
+    """Raises ConfigError."""
+    file: Path | None = flags["api_key_file"]
+    return (*(ApiKey.of(key) for key in flags["api_key"] or ()), *(read_keys(file) if file else ()))
+
+
+def cluster_tls(flags: Mapping[str, Any]) -> TlsFiles | None:
+    """Raises ConfigError unless all three files are given, or none."""
+    return _files(flags, "tls_cert", "tls_key", "tls_ca")
+
+
+def public_tls(flags: Mapping[str, Any]) -> TlsFiles | None:
+    """Raises ConfigError unless both files are given, or none."""
+    return _files(flags, "ssl_certfile", "ssl_keyfile")
+
+
+def _files(flags: Mapping[str, Any], *names: str) -> TlsFiles | None:
+    given = [flags[name] for name in names]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ConfigError("give all of " + ", ".join("--" + name.replace("_", "-") for name in names) + " or none")
+    files = TlsFiles(*(str(path.absolute()) for path in given))
+    check_files(files)
+    return files
+
+
 def worker_config(role: Role, flags: Mapping[str, Any]) -> WorkerConfig:
     """From the flags of a command, by parameter name. Raises ConfigError for values that can't be."""
     if flags["dtype"] not in _DTYPES:
@@ -187,5 +240,7 @@ def worker_config(role: Role, flags: Mapping[str, Any]) -> WorkerConfig:
         kv_cache_memory=parse_bytes(flags["kv_cache_memory"]),
         cores=parse_cores(flags.get("cores")),
         log=LogConfig(flags["log_level"], flags["log_json"]),
+        api_keys=api_keys(flags),
+        tls=cluster_tls(flags) if "tls_cert" in flags else None,
         **{name: flags[name] for name in _SAME if name in flags},
     )

@@ -10,7 +10,7 @@ from splitserve.cli import options as o
 from splitserve.cluster import Role
 from splitserve.config import LogConfig, RouterConfig, WorkerConfig
 from splitserve.errors import ConfigError
-from splitserve.process import config_to_json
+from splitserve.process import config_environment
 
 _NO_REDIS = "--redis-url is needed: the address of the Redis that the cluster shares"
 
@@ -24,11 +24,19 @@ def router(
     request_timeout: o.RequestTimeout = 600.0,
     worker_timeout: o.WorkerTimeout = 2.0,
     drain_timeout: o.DrainTimeout = 30.0,
+    api_key: o.ApiKeys = None,
+    api_key_file: o.ApiKeyFile = None,
+    ssl_certfile: o.SslCert = None,
+    ssl_keyfile: o.SslKey = None,
+    tls_cert: o.TlsCert = None,
+    tls_key: o.TlsKey = None,
+    tls_ca: o.TlsCa = None,
     log_level: o.LogLevel = "info",
     log_json: o.LogJson = False,
     config: o.ConfigFile = None,
 ) -> None:
     """Runs a router: the OpenAI-compatible HTTP API and the public gRPC API."""
+    flags = locals()
     if redis_url is None:
         raise ConfigError(_NO_REDIS)
     become(
@@ -41,6 +49,9 @@ def router(
             request_timeout=request_timeout,
             worker_timeout=worker_timeout,
             drain_timeout=drain_timeout,
+            api_keys=o.api_keys(flags),
+            tls=o.cluster_tls(flags),
+            public_tls=o.public_tls(flags),
             log=LogConfig(log_level, log_json),
         )
     )
@@ -71,6 +82,11 @@ def worker_command(role: Role, text: str) -> Callable[..., None]:
         cores: o.Cores = None,
         max_waiting: o.MaxWaiting = 256,
         drain_timeout: o.DrainTimeout = 30.0,
+        api_key: o.ApiKeys = None,
+        api_key_file: o.ApiKeyFile = None,
+        tls_cert: o.TlsCert = None,
+        tls_key: o.TlsKey = None,
+        tls_ca: o.TlsCa = None,
         log_level: o.LogLevel = "info",
         log_json: o.LogJson = False,
         config: o.ConfigFile = None,
@@ -89,7 +105,7 @@ decode = worker_command(Role.DECODE, "Runs a decode worker: pulls KV blocks and 
 def become(config: WorkerConfig | RouterConfig) -> None:
     """Replaces this process by the service."""
     module = f"{config.role}_service" if isinstance(config, WorkerConfig) else "router"
-    os.execv(sys.executable, [sys.executable, "-m", module, config_to_json(config)])  # noqa: S606
+    os.execve(sys.executable, [sys.executable, "-m", module], config_environment(config))  # noqa: S606
 
 
 def _worker(role: Role, flags: dict[str, object]) -> WorkerConfig:

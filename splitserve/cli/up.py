@@ -49,6 +49,10 @@ def up(
     request_timeout: o.RequestTimeout = 600.0,
     worker_timeout: o.WorkerTimeout = 2.0,
     drain_timeout: o.DrainTimeout = 30.0,
+    api_key: o.ApiKeys = None,
+    api_key_file: o.ApiKeyFile = None,
+    ssl_certfile: o.SslCert = None,
+    ssl_keyfile: o.SslKey = None,
     log_level: o.LogLevel = "warning",
     log_json: o.LogJson = False,
     config: o.ConfigFile = None,
@@ -64,6 +68,8 @@ def up(
         request_timeout=request_timeout,
         worker_timeout=worker_timeout,
         drain_timeout=drain_timeout,
+        api_keys=o.api_keys(flags),
+        public_tls=o.public_tls(flags),
         log=LogConfig(log_level, log_json),
     )
     flags |= {"redis_url": redis_url or "", "host": "127.0.0.1", "port": 0}  # workers stay on loopback

@@ -99,7 +99,7 @@ async def test_a_worker_that_serves_something_else_is_not_believed(
     catalog: Catalog, make_worker: MakeWorker
 ) -> None:
     async with telling(make_worker, fingerprint="cd" * 32) as (_, liar):
-        with pytest.raises(Unavailable, match="announces one model and serves another"):
+        with pytest.raises(Unavailable, match="no worker of tiny says what it serves"):
             await catalog.spec([liar])
 
 

@@ -9,10 +9,14 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from router.admission import tenant_salt
 from router.backend import ModelSpec
 from router.echo import EchoBackend, EchoConfig
 from router.grpc_front import SERVICE, InferenceServicer
+from splitserve.api_keys import ApiKey, Keyring
 from splitserve.errors import InvalidRequest, NotFound, Overloaded
 from splitserve.grpc_server import GrpcServer, error_from_rpc, open_channel
 from splitserve.v1 import inference_pb2 as pb
@@ -56,7 +60,8 @@ async def test_tokens_are_continued_with_logprobs(spec: ModelSpec) -> None:
     assert list(tokens[0].logprobs.top_ids) == [19556, 19557]
     assert tokens[1].finish_reason == sampling_pb2.FINISH_REASON_LENGTH
     [seen] = backend.requests
-    assert (seen.sampling.seed, seen.cache_salt) == (5, "tenant")
+    assert seen.sampling.seed == 5
+    assert seen.cache_salt == tenant_salt("", "tenant") != ""
 
 
 async def test_unset_max_tokens_is_what_the_context_leaves(spec: ModelSpec) -> None:
@@ -145,3 +150,35 @@ async def test_models_are_listed(spec: ModelSpec) -> None:
     async with serve(spec) as (stub, _):
         [card] = (await stub.ListModels(pb.ListModelsRequest())).models
     assert (card.id, card.max_model_len, card.prefill_workers, card.decode_workers) == ("echo", 512, 1, 1)
+
+
+async def test_with_keys_nothing_answers_without_one(spec: ModelSpec) -> None:
+    backend, keyring = EchoBackend([spec]), Keyring([ApiKey.of("sk-one", "alice")])
+
+    def register(server: grpc.aio.Server) -> None:
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(backend, keyring=keyring), server)
+
+    async with (
+        GrpcServer("127.0.0.1", 0, [SERVICE], register, grace=0.5, keyring=keyring, public=True) as server,
+        open_channel(server.address) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        health = health_pb2_grpc.HealthStub(channel)
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        for call in (
+            stub.ListModels(pb.ListModelsRequest()),
+            stub.Generate(pb.GenerateRequest(text="a")).read(),
+            reflection.ServerReflectionInfo(iter([asked])).read(),
+            health.Watch(health_pb2.HealthCheckRequest()).read(),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status
+        key = (("authorization", "Bearer sk-one"),)
+        assert (await stub.ListModels(pb.ListModelsRequest(), metadata=key)).models
+        async for _ in stub.Generate(pb.GenerateRequest(text="a"), metadata=key):
+            pass
+    assert len(backend.requests) == 1
+    assert backend.requests[0].cache_salt

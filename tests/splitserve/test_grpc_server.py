@@ -149,7 +149,7 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
     async with open_channel("127.0.0.1:1") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await inference_pb2_grpc.InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5)
-    assert type(error_from_rpc(caught.value)) is errors.Unavailable
+    assert type(error_from_rpc(caught.value)) is errors.PeerLost
 
 
 async def test_stopping_cancels_open_calls_after_the_grace_as_unavailable() -> None:
@@ -162,7 +162,7 @@ async def test_stopping_cancels_open_calls_after_the_grace_as_unavailable() -> N
             await call.read()
         async with asyncio.timeout(5):
             await servicer.closed.wait()
-    assert type(error_from_rpc(caught.value)) is errors.Unavailable
+    assert type(error_from_rpc(caught.value)) is errors.PeerLost
 
 
 async def test_a_long_message_is_cut_to_what_a_trailer_can_carry() -> None:

@@ -10,7 +10,7 @@ from splitserve.children import Child
 from splitserve.cluster import Role
 from splitserve.config import LogConfig, RouterConfig, WorkerConfig
 from splitserve.errors import ConfigError
-from splitserve.process import config_from_json, config_to_json
+from splitserve.process import config_environment, config_from_json, config_to_json
 
 
 def test_configurations_survive_the_way_to_a_child() -> None:
@@ -31,7 +31,6 @@ async def test_a_child_that_cant_start_tells_its_parent_and_not_the_log(tmp_path
 
 async def test_what_a_task_group_gathered_is_told_in_one_line() -> None:
     code = (
-        "import sys; sys.argv = ['x', sys.argv[1]]\n"
         "from splitserve.config import RouterConfig\n"
         "from splitserve.errors import ConfigError\n"
         "from splitserve.process import run_process\n"
@@ -41,7 +40,11 @@ async def test_what_a_task_group_gathered_is_told_in_one_line() -> None:
         "run_process(RouterConfig, serve)\n"
     )
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, config_to_json(RouterConfig("")), stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        "-c",
+        code,
+        stderr=asyncio.subprocess.PIPE,
+        env=config_environment(RouterConfig("")),
     )
     async with asyncio.timeout(30):
         _, said = await process.communicate()

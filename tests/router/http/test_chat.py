@@ -9,6 +9,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from router.admission import tenant_salt
 from router.echo import EchoConfig
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -172,7 +173,7 @@ async def test_parameters_reach_the_backend(front: Any) -> None:
     assert (sampling.repetition_penalty, sampling.logit_bias) == (1.5, {17: -100})
     assert (sampling.stop_token_ids, sampling.ignore_eos) == ((7,), True)
     assert sampling.seed is not None
-    assert request.cache_salt == "tenant"
+    assert request.cache_salt == tenant_salt("", "tenant")
 
 
 async def test_content_may_come_in_parts(front: Any) -> None:
