@@ -50,7 +50,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     *_COMMON_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 250),  # a worker that restarts at its address is asked within a second
     ("grpc.use_local_subchannel_pool", 1),  # a closed channel's backoff must not outlive it
 )
 

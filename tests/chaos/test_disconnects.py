@@ -42,5 +42,5 @@ async def test_without_decode_workers_the_answer_is_an_error_at_once(
     await asyncio.gather(*(cluster.kill(f"decode-{i}") for i in range(2)))
     began = time.monotonic()
     answer = await ask(channel, LONG)
-    assert answer.error is not None and answer.error.startswith("Unavailable")
+    assert answer.error is not None and answer.error.startswith(("Unavailable", "PeerLost"))
     assert time.monotonic() - began < 2
