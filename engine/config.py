@@ -17,6 +17,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # rows in one step: the chunk size of chunked prefill
     block_tokens: int = 16
     kv_cache_memory: int | None = None  # bytes; None: a share of the free memory
+    host_kv_memory: int | None = None  # the same for a pool in host memory alone, where kv_cache_memory is None
     enable_prefix_caching: bool = True
     threads: int | None = None  # None: one for each core that the process may use
     device: str = "cpu"  # "auto" (a GPU that serves, else the CPU), "cpu", "cuda" or "cuda:N"

@@ -30,7 +30,7 @@ from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.staging import Staging
 from engine.weights import ModelFiles
-from kernels import AttentionBatch, Kernels, SampleParams, load_kernels, pool_shape
+from kernels import AttentionBatch, AttentionShape, Kernels, SampleParams, load_kernels, pool_shape
 from kernels.cpu.build import BuildError
 from splitserve.errors import ConfigError
 from splitserve.layout import KVLayout
@@ -94,6 +94,16 @@ class Runner:
             check_free(*self._device.memory(), config.gpu_memory_utilization)
         try:
             self.kernels = kernels or load_kernels(str(where), config.kernels)
+            self.kernels.check(
+                AttentionShape(
+                    model.num_heads,
+                    model.num_kv_heads,
+                    model.head_dim,
+                    config.block_tokens,
+                    self._dtype,
+                    self._dtype,
+                )
+            )
         except (ValueError, BuildError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
         try:
@@ -227,9 +237,12 @@ class Runner:
         return torch.from_numpy(pool).view(self._dtype).view(shape)
 
     def _count_blocks(self, config: EngineConfig) -> int:
-        if config.kv_cache_memory is not None:
-            return blocks_in(config.kv_cache_memory, self.layout)
         device = self._device
+        size = config.kv_cache_memory
+        if size is None and not isinstance(device, CudaDevice):
+            size = config.host_kv_memory
+        if size is not None:
+            return blocks_in(size, self.layout)
         useful = config.max_num_seqs * self.max_model_len * self.layout.token_bytes
         if not isinstance(device, CudaDevice):
             return host_blocks(psutil.virtual_memory().available, useful, self.layout)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import os
 
-from kernels.interface import AttentionBatch, Kernels, Linear, SampleParams, pool_shape
+from kernels.interface import AttentionBatch, AttentionShape, Kernels, Linear, SampleParams, pool_shape
 from kernels.reference import ReferenceKernels
 
-__all__ = ["AttentionBatch", "Kernels", "Linear", "ReferenceKernels", "SampleParams", "load_kernels", "pool_shape"]
+__all__ = [
+    "AttentionBatch", "AttentionShape", "Kernels", "Linear", "ReferenceKernels", "SampleParams", "load_kernels",
+    "pool_shape",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ def load_kernels(device: str = "cpu", name: str = "auto") -> Kernels:
         return ReferenceKernels()
     if name == "triton" or (name == "auto" and device != "cpu"):
         return _triton(device, required=name == "triton")
+    if device != "cpu":
+        raise ValueError(f"the kernels {name!r} run on the CPU, not on {device}")
     from kernels.cpu.backend import CpuKernels
     from kernels.cpu.build import BuildError
 

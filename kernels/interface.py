@@ -45,6 +45,18 @@ class SampleParams:
     uniform: Tensor  # [S] float64 in [0, 1), the row's random number
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What an attention layer asks of a backend."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: torch.dtype  # of queries and results
+    kv_dtype: torch.dtype
+
+
 class Linear(Protocol):
     """A linear layer whose weight was packed for the backend once."""
 
@@ -59,6 +71,10 @@ class Kernels(Protocol):
 
     name: str
     capturable: bool  # no launch depends on what a tensor holds: a step may be captured as a CUDA graph
+
+    def check(self, shape: AttentionShape) -> None:
+        """ValueError, in one line, if this backend can't serve such layers on its device."""
+        ...
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
         """``weight [N, K]``, ``bias [N]``; results in ``out_dtype``, by default the weight's dtype. The backend

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.interface import AttentionBatch, Linear, SampleParams
+from kernels.interface import AttentionBatch, AttentionShape, Linear, SampleParams
 
 
 class TorchLinear:
@@ -60,6 +60,10 @@ class GateUp:
 class ReferenceKernels:
     name = "reference"
     capturable = False
+
+    def check(self, shape: AttentionShape) -> None:
+        if shape.num_heads % shape.num_kv_heads:
+            raise ValueError(f"{shape.num_heads} query heads can't share {shape.num_kv_heads} KV heads evenly")
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
         dtype = out_dtype or weight.dtype

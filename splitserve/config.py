@@ -43,7 +43,10 @@ class WorkerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     block_tokens: int = 16
-    kv_cache_memory: int | None = None
+    kv_cache_memory: int | None = None  # None: what is left of gpu_memory_utilization, or host_kv_memory
+    host_kv_memory: int | None = None  # of a pool in host memory; None: a share of what is free
+    device: str = "cpu"  # "auto" (a GPU that serves, else the CPU), "cpu", "cuda" or "cuda:N"
+    gpu_memory_utilization: float = 0.9  # of the GPU's memory, for this worker
     enable_prefix_caching: bool = True
     max_waiting: int = 256
     kernels: str = "auto"

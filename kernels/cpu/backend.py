@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.cpu import linear
 from kernels.cpu.build import library, runnable_isas
 from kernels.cpu.library import Batch, Functions, KvPool, Library
-from kernels.interface import AttentionBatch, Linear, SampleParams
+from kernels.interface import AttentionBatch, AttentionShape, Linear, SampleParams
 from kernels.reference import GateUp, ReferenceKernels
 
 MAX_HEAD_DIM = 256
@@ -60,6 +60,9 @@ class CpuKernels:
     def close(self) -> None:
         """Ends the threads; the kernels and their linear layers must not be called again."""
         self._close()
+
+    def check(self, shape: AttentionShape) -> None:
+        self._reference.check(shape)  # serves what the native code does not
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Linear:
         functions = self._packing(weight, 2)

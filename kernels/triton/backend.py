@@ -10,10 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.interface import AttentionBatch, SampleParams
+from kernels.interface import AttentionBatch, AttentionShape, SampleParams
 from kernels.reference import ReferenceKernels
 from kernels.triton import decode, prefill, rope, rows, sampling
 from kernels.triton.tuning import INTERPRETER, Device, Shape, Tuning
+
+
+MOST_HEAD_DIM = 256
+MOST_GROUP = 64
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST_FP8 = (8, 9)
 
 
 class TritonKernels(ReferenceKernels):
@@ -27,6 +33,23 @@ class TritonKernels(ReferenceKernels):
         if interpreted and not triton.knobs.runtime.interpret:
             raise ValueError("the Triton kernels need a GPU, or TRITON_INTERPRET=1 in the environment")
         self.tuning = tuning or Tuning.load(INTERPRETER if interpreted else Device.cuda(torch.device(device)))
+
+    def check(self, shape: AttentionShape) -> None:
+        super().check(shape)
+        name, group = self.tuning.device.name, shape.num_heads // shape.num_kv_heads
+        if shape.head_dim % 2 or shape.head_dim > MOST_HEAD_DIM:
+            raise ValueError(
+                f"the Triton kernels serve even head sizes up to {MOST_HEAD_DIM}, not {shape.head_dim}; "
+                "--kernels reference serves any, slowly"
+            )
+        if group > MOST_GROUP:
+            raise ValueError(f"the Triton kernels serve up to {MOST_GROUP} query heads a KV head, not {group}")
+        if shape.dtype not in DTYPES or shape.kv_dtype not in (shape.dtype, torch.float8_e4m3fn):
+            raise ValueError(
+                f"no Triton kernel serves {_name(shape.dtype)} models with KV in {_name(shape.kv_dtype)}"
+            )
+        if shape.kv_dtype is torch.float8_e4m3fn and self.tuning.device.capability < OLDEST_FP8:
+            raise ValueError(f"{name} has no float8: KV in fp8 needs compute capability 8.9 (Ada) or newer")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rows.rms_norm(x, weight, eps)

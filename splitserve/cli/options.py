@@ -42,6 +42,13 @@ def _log_level(level: str) -> str:
     return level
 
 
+def _device(name: str) -> str:
+    kind, colon, number = name.partition(":")
+    if name not in ("auto", "cpu") and (kind != "cuda" or (colon and not number.isdecimal())):
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, not {name}")
+    return name
+
+
 def _option(*names: str, help: str, **more: Any) -> Any:
     variable = "SPLITSERVE_" + names[0].lstrip("-").split("/")[0].upper().replace("-", "_")
     return typer.Option(*names, help=help, envvar=variable, show_envvar=False, **more)
@@ -70,6 +77,15 @@ BlockSize = Annotated[int, _option("--block-size", help="Tokens in a KV block: 1
 KvCacheMemory = Annotated[
     str | None,
     _option("--kv-cache-memory", help="Size of the KV pool, such as 512M or 4G. Default: from free memory."),
+]
+Device = Annotated[
+    str, _option("--device", help="auto (a GPU that serves, else the CPU), cpu, cuda or cuda:N.", callback=_device)
+]
+GpuMemoryUtilization = Annotated[
+    float,
+    _option(
+        "--gpu-memory-utilization", help="Share of the GPU's memory that weights, steps and KV pool may take."
+    ),
 ]
 PrefixCaching = Annotated[
     bool, _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse blocks of equal prefixes.")
@@ -150,7 +166,7 @@ LogJson = Annotated[bool, _option("--log-json/--no-log-json", help="One JSON obj
 _SAME = (
     "model", "redis_url", "served_model_name", "worker_id", "host", "advertise_host", "port", "metrics_port",
     "dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching",
-    "kernels", "max_waiting", "drain_timeout",
+    "kernels", "device", "gpu_memory_utilization", "max_waiting", "drain_timeout",
 )  # fmt: skip
 _MOST_CORES = 4096
 _DTYPES = ("auto", "bfloat16", "float32")
@@ -233,6 +249,10 @@ def worker_config(role: Role, flags: Mapping[str, Any]) -> WorkerConfig:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs: each takes one token a step")
     if flags.get("quantization") not in (None, "int8", "fp8"):
         raise ConfigError(f"--quantization must be int8 or fp8, not {flags['quantization']}")
+    if not 0 < flags["gpu_memory_utilization"] <= 1:
+        raise ConfigError(
+            f"--gpu-memory-utilization is a share above 0 and up to 1, not {flags['gpu_memory_utilization']:g}"
+        )
     return WorkerConfig(
         role=role,
         transports=parse_list(flags["kv_transport"]),

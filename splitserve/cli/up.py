@@ -44,6 +44,8 @@ def up(
     kv_cache_memory: o.KvCacheMemory = None,
     enable_prefix_caching: o.PrefixCaching = True,
     kernels: o.Kernels = "auto",
+    device: o.Device = "cpu",
+    gpu_memory_utilization: o.GpuMemoryUtilization = 0.9,
     max_waiting: o.MaxWaiting = 256,
     decode_only_tokens: o.DecodeOnlyTokens = 64,
     request_timeout: o.RequestTimeout = 600.0,
@@ -82,10 +84,15 @@ def up(
 
 
 def local_workers(workers: list[WorkerConfig]) -> tuple[WorkerConfig, ...]:
-    """The same workers with a share of this machine's cores and memory each."""
+    """The same workers with a share of this machine's cores and memory each, that of a GPU included."""
     memory = min(_POOL_MOST, int(psutil.virtual_memory().available * _POOL_SHARE / len(workers)))
     return tuple(
-        replace(worker, cores=cores, kv_cache_memory=worker.kv_cache_memory or memory)
+        replace(
+            worker,
+            cores=cores,
+            host_kv_memory=memory,
+            gpu_memory_utilization=worker.gpu_memory_utilization / len(workers),
+        )
         for worker, cores in zip(workers, divide_cores(len(workers)), strict=True)
     )
 

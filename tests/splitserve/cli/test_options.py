@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from splitserve.cli.main import app
 from splitserve.cli.options import parse_bytes, parse_cores, parse_list
+from splitserve.cli.up import local_workers
+from splitserve.cluster import Role
+from splitserve.config import WorkerConfig
 from splitserve.errors import ConfigError
 
 
@@ -123,3 +126,8 @@ def test_a_bad_file_is_refused(tmp_path: Path, yaml: str | None, words: str) -> 
         file.write_text(yaml)
     said = refused("up", "--config", str(file))
     assert str(file) in said and words in said
+
+
+def test_workers_of_one_machine_share_its_gpu() -> None:
+    workers = [WorkerConfig(role, "m", "", gpu_memory_utilization=0.8) for role in Role]
+    assert [worker.gpu_memory_utilization for worker in local_workers(workers)] == [0.4, 0.4]

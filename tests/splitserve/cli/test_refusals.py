@@ -34,6 +34,8 @@ def decode(model: Path | str, redis_url: str, *more: str) -> str:
         (["--kv-cache-memory", "lots"], "'lots' is not a size"),
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], "--max-num-batched-tokens must be at least"),
         (["--log-level", "shout"], "--log-level must be one of debug, info, warning, error, not shout"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not tpu"),
+        (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization is a share above 0 and up to 1, not 1.5"),
         (["--model", "/nowhere"], "model '/nowhere' is neither a directory"),
     ],
 )
@@ -83,6 +85,7 @@ def test_a_port_in_use_is_named(redis_url: str, flag: str, taken: int) -> None:
         (["--kv-transport", "pigeon"], "unknown transport pigeon"),
         (["--kv-cache-memory", "1K"], "holds fewer than two blocks"),
         (["--max-model-len", "100000"], "max-model-len 100000 is more than the 512 tokens"),
+        (["--device", "cuda:99"], "--device cpu works everywhere"),
     ],
 )
 def test_a_worker_refuses_what_its_model_or_machine_cant_do(
