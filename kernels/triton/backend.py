@@ -15,7 +15,6 @@ from kernels.reference import ReferenceKernels
 from kernels.triton import decode, prefill, rope, rows, sampling
 from kernels.triton.tuning import INTERPRETER, Device, Shape, Tuning
 
-
 MOST_HEAD_DIM = 256
 MOST_GROUP = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
