@@ -97,8 +97,8 @@ class PullClient:
 
         ``on_progress(n)``: the first ``n`` of ``block_ids`` are complete and verified. Raises TransferFailed, with
         a :class:`~kvtransfer.faults.Reason` and the number of leading blocks that are good, or Incompatible.
-        Cancelling it tells the source that nobody will ask again; another failure leaves the transfer there for
-        a second attempt while its lease holds."""
+        Cancelling it, once it is connected, tells the source that nobody will ask again; another failure leaves
+        the transfer there for a second attempt while its lease holds."""
         assert not self._closed and len(block_ids) == handle.num_blocks - first
         task = asyncio.create_task(self._pull(handle, block_ids, first, on_progress or _ignore))
         self._pulls.add(task)
@@ -129,8 +129,7 @@ class PullClient:
                 end = await pulling.blocks(welcome.lease_ms / 1000, self._reporter(transport.name, on_progress))
                 seconds = time.perf_counter() - started
             except asyncio.CancelledError:
-                if not self._closed:  # a closing worker leaves the blocks to another one
-                    await uninterrupted(pulling.abandon())
+                await self._abandon(pulling)
                 raise
             finally:
                 await uninterrupted(self._put_back(pulling, connection, handle.addresses[transport.name]))
@@ -186,13 +185,14 @@ class PullClient:
             pulling = Pulling(connection, self._memory, stamp, self._progress_timeout, block_ids, first)
             try:
                 return connection, pulling, await pulling.greet(hello)
-            except ConnectionLost:
-                await uninterrupted(connection.close())
-                if idle is None:  # an idle one may have been lost long ago: that says nothing of the source
-                    raise
-            except BaseException:
-                await uninterrupted(connection.close())
-                raise
+            except BaseException as error:
+                try:
+                    if isinstance(error, asyncio.CancelledError):
+                        await self._abandon(pulling)
+                finally:
+                    await uninterrupted(connection.close())
+                if idle is None or not isinstance(error, ConnectionLost):
+                    raise  # but an idle one may have been lost long ago: that says nothing of the source
 
     async def _connect(self, transport: Transport, handle: KvHandle) -> Connection:
         address = handle.addresses[transport.name]
@@ -202,6 +202,10 @@ class PullClient:
         except (ConnectionLost, TimeoutError) as error:
             why = str(error) or "no answer"
             raise Refusal(Reason.CONNECT, f"cannot connect to {address} over {transport.name}: {why}") from error
+
+    async def _abandon(self, pulling: Pulling) -> None:
+        if not self._closed:  # a closing worker leaves the blocks to another one
+            await uninterrupted(pulling.abandon())
 
     async def _put_back(self, pulling: Pulling, connection: Connection, address: str) -> None:
         await pulling.close()

@@ -161,6 +161,8 @@ class Session:
         )
 
     async def _transfer(self, publication: Publication, pull: Frame, interval: float) -> Done | Cancel:
+        if isinstance(pull, Cancel):  # given up while it was welcomed
+            return _heeded(pull, publication)
         if not isinstance(pull, Pull):
             raise ProtocolError(f"{type(pull).__name__} instead of a PULL")
         if pull.first > publication.handle.num_blocks or pull.length == 0:
@@ -175,11 +177,7 @@ class Session:
             await asyncio.wait([sender, listener], return_when=asyncio.FIRST_COMPLETED)
             if sender.done():
                 sender.result()
-            last = listener.result()
-            if isinstance(last, Done):
-                publication.release(ReleaseReason.PULLED)
-            elif last.abandon:
-                publication.release(ReleaseReason.CANCELLED)
+            last = _heeded(listener.result(), publication)
             self._stopping = True
             publication.changed.set()
             await asyncio.wait([sender], timeout=LINGER_SECONDS)
@@ -274,6 +272,14 @@ class Session:
                     await self._connection.recv_frame()
         except (ConnectionLost, ProtocolError, TimeoutError) as error:
             logger.debug("parted from %s: %r", self._connection.peer, error, extra=self._extra)
+
+
+def _heeded(last: Done | Cancel, publication: Publication) -> Done | Cancel:
+    if isinstance(last, Done):
+        publication.release(ReleaseReason.PULLED)
+    elif last.abandon:
+        publication.release(ReleaseReason.CANCELLED)
+    return last
 
 
 async def _all_ended(sends: set[asyncio.Task[None]]) -> None:

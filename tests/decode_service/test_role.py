@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 from engine import EngineRequest
-from kvtransfer import BlockMemory, BlockServer, MemoryTransport, Publication, Reason
+from kvtransfer import BlockMemory, BlockServer, MemoryTransport, Publication, Reason, ReleaseReason
 from splitserve.cluster import Role, WorkerInfo, WorkerLoad
 from splitserve.directory import Directory
 from splitserve.errors import Incompatible, SplitServeError, TransferFailed, Unavailable
@@ -90,8 +90,15 @@ async def refused(stream: Any) -> SplitServeError:
     return error_from_rpc(raised.value)
 
 
+async def arrived(worker: RunningRole, blocks: int) -> None:
+    """So many blocks are here: the pull is under way, and its source knows it."""
+    async with asyncio.timeout(30):
+        while worker.registry.get_sample_value(BYTES, LABELS) != float(blocks * BLOCK_BYTES):
+            await asyncio.sleep(0.005)
+
+
 async def idle(worker: RunningRole) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while worker.used_blocks:
             await asyncio.sleep(0.005)
     await worker.engine.check_integrity()
@@ -132,9 +139,7 @@ async def test_what_arrived_before_a_pull_failed_stays_cached(worker: RunningRol
     publication = source.publish(BLOCKS)
     failure = asyncio.create_task(refused(call(worker, publication)))
     publication.ready([0, 1, 2])
-    async with asyncio.timeout(5):
-        while worker.registry.get_sample_value(BYTES, LABELS) != float(3 * BLOCK_BYTES):
-            await asyncio.sleep(0.005)
+    await arrived(worker, 3)
     publication.fail("the prefill was cancelled")
     error = await failure
     assert isinstance(error, TransferFailed) and error.reason == Reason.SOURCE_FAILED
@@ -149,9 +154,7 @@ async def test_a_pull_that_fails_behind_a_partial_last_block_keeps_the_full_ones
     publication = source.publish(BLOCKS)
     failure = asyncio.create_task(refused(call(worker, publication, tokens=tokens)))
     publication.ready(list(range(BLOCKS)))
-    async with asyncio.timeout(5):
-        while worker.registry.get_sample_value(BYTES, LABELS) != float(BLOCKS * BLOCK_BYTES):
-            await asyncio.sleep(0.005)
+    await arrived(worker, BLOCKS)
     publication.fail("the prefill was cancelled")
     assert isinstance(await failure, TransferFailed)
     await idle(worker)
@@ -184,11 +187,10 @@ async def test_a_call_that_is_cancelled_while_it_pulls_gives_its_blocks_back(
     publication.ready([0])
     stream = call(worker, publication)
     await stream.read()
-    async with asyncio.timeout(5):
-        while worker.used_blocks < BLOCKS:
-            await asyncio.sleep(0.005)
-        stream.cancel()
-        await publication.released()
+    await arrived(worker, 1)
+    stream.cancel()
+    async with asyncio.timeout(30):
+        assert await publication.released() is ReleaseReason.CANCELLED
     await idle(worker)
 
 

@@ -86,6 +86,17 @@ async def test_a_reservation_waits_for_blocks(engine: AsyncEngine) -> None:
     engine.abandon(reservation.request_id, 0)
 
 
+async def test_a_reservation_that_is_cancelled_while_it_waits_takes_nothing(engine: AsyncEngine) -> None:
+    first = await engine.reserve(request("a", [1] * 500, SamplingParams(max_tokens=1)))
+    waiting = asyncio.create_task(engine.reserve(request("b", [2] * 500, SamplingParams(max_tokens=1))))
+    await until(lambda: engine.load().num_waiting == 1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    engine.abandon(first.request_id, 0)
+    await until(lambda: engine.engine.pool.num_used == 0 and not engine.engine.has_work)
+
+
 async def test_what_arrived_of_an_abandoned_reservation_is_cached(engine: AsyncEngine) -> None:
     reservation = await engine.reserve(request("a", list(range(100))))
     engine.abandon(reservation.request_id, 64)

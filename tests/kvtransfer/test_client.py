@@ -240,6 +240,27 @@ async def test_after_a_cancel_the_blocks_never_change(make_pair: MakePair, delay
         assert (pair.target == 0xAB).all() and pair.observer.failures in (["cancelled"], [])
 
 
+@pytest.mark.parametrize("transport_name", ["memory"])
+async def test_a_cancelled_pull_is_let_go_by_the_source_wherever_it_was(make_pair: MakePair) -> None:
+    """In memory all is done by the loop: so many of its rounds reach every await from HELLO to the last one."""
+    async with make_pair(progress_timeout=10.0) as pair:
+        received = set()
+        for rounds in range(2, 60):  # the second one begins the pull's own task, which connects at once
+            publication = pair.server.publish(2)
+            publication.ready([0])
+            before = pair.observer.received
+            pulling = asyncio.create_task(pair.client.pull(publication.handle, range(2)))
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            pulling.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await pulling
+            async with asyncio.timeout(10):
+                assert await publication.released() is ReleaseReason.CANCELLED, f"after {rounds} rounds"
+            received.add(pair.observer.received - before)
+        assert received == {0, LAYOUT.block_bytes}, "cancelled before and behind the first block"
+
+
 async def test_closing_the_client_ends_its_pulls_and_leaves_the_transfer_to_others(make_pair: MakePair) -> None:
     async with make_pair() as pair:
         publication = pair.server.publish(COUNT)
