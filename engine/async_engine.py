@@ -85,7 +85,8 @@ class AsyncEngine:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of a request until one is finished. Leaving early aborts it.
 
-        Raises InvalidRequest, Overloaded or EngineError. An export's blocks stay held: call `release`.
+        Raises InvalidRequest, Overloaded, EngineError or, when no request can be served, Unavailable. An export's
+        blocks stay held: call `release`.
         """
         await self._add(request, loads=False)
         try:
@@ -198,7 +199,8 @@ class AsyncEngine:
     async def _call(self, function: Callable[[], _T]) -> _T:
         """Runs a function in the engine's thread between two steps; raises what it raises."""
         assert self._loop is not None
-        self._check_thread()
+        if self._broken:
+            raise Unavailable("the engine has failed")
         loop = self._loop
         done: asyncio.Future[_T] = loop.create_future()
         self._calls.add(done)
@@ -246,7 +248,7 @@ class AsyncEngine:
         except Exception:
             log.critical("the engine's thread has failed: this worker can't go on", exc_info=True)
             self._broken = True
-            self._loop.call_soon_threadsafe(self._give_up, EngineError("the engine has failed"))
+            self._loop.call_soon_threadsafe(self._give_up, Unavailable("the engine has failed"))
 
     def _serve(self) -> None:
         assert self._loop is not None

@@ -17,6 +17,7 @@ from router.orchestrator import Orchestrator
 from router.planner import Planner
 from router.policy import PolicyConfig
 from router.request_limit import RequestLimit
+from router.retry_budget import RetryBudget
 from router.snapshot import ClusterView
 from router.vigil import Vigil
 from splitserve.api_keys import Keyring
@@ -45,7 +46,7 @@ async def serve(config: RouterConfig) -> None:
     keyring = Keyring(config.api_keys)
     async with Directory(config.redis_url, tls=config.tls) as directory, ClusterView(directory) as view:
         planner = Planner(directory, view, PolicyConfig(decode_only_tokens=config.decode_only_tokens))
-        orchestrator = Orchestrator(planner, view, channels, metrics, config.max_retries)
+        orchestrator = Orchestrator(planner, view, channels, metrics, config.max_retries, RetryBudget())
         backend = ClusterBackend(
             view, Catalog(channels), channels, orchestrator, RequestLimit(config.max_concurrent_requests)
         )

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitserve.cluster import WorkerInfo
 from splitserve.config import TlsFiles
-from splitserve.errors import Unavailable
+from splitserve.errors import PeerLost, Unavailable
 from splitserve.grpc_errors import error_from_rpc
 from splitserve.grpc_server import open_channel
 from splitserve.model_info import ModelDescription, description_from_proto
@@ -59,7 +59,7 @@ class Leg(Generic[_Event]):
         self._lost = False
 
     def lose(self) -> None:
-        """The worker does not answer any more: whoever reads gets Unavailable, and late messages reach nobody."""
+        """The worker does not answer any more: whoever reads gets PeerLost, and late messages reach nobody."""
         self._lost = True
         self._call.cancel()
 
@@ -76,7 +76,7 @@ class Leg(Generic[_Event]):
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._lost and task is not None and not task.cancelling():  # the call was cancelled, we were not
-                raise Unavailable("the worker has fallen silent") from None
+                raise PeerLost("the worker has fallen silent") from None
             raise
         return None if message is grpc.aio.EOF else cast(_Event, message)
 

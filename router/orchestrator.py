@@ -13,16 +13,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager
 
 from router.backend import GenerationChunk, GenerationRequest, ModelSpec
+from router.breaker import Incarnation, Trouble
 from router.legs import Channels, DecodeLeg, Handle, PrefillLeg, open_decode, open_prefill
 from router.planner import Planner
 from router.policy import Plan
-from router.snapshot import ClusterView, Incarnation
+from router.retry_budget import RetryBudget
+from router.snapshot import ClusterView
 from splitserve.cluster import WorkerState
 from splitserve.errors import (
     DeadlineExceeded,
     EngineError,
     Incompatible,
     Overloaded,
+    PeerLost,
     SplitServeError,
     TransferFailed,
     Unavailable,
@@ -48,17 +51,26 @@ class LegFailed(Exception):
 
 class Orchestrator:
     def __init__(
-        self, planner: Planner, view: ClusterView, channels: Channels, metrics: RouterMetrics, max_retries: int
+        self,
+        planner: Planner,
+        view: ClusterView,
+        channels: Channels,
+        metrics: RouterMetrics,
+        max_retries: int,
+        budget: RetryBudget,
     ) -> None:
         self._planner = planner
         self._view = view
         self._channels = channels
         self._metrics = metrics
         self._max_retries = max_retries
+        self._budget = budget
 
     async def generate(self, request: GenerationRequest, spec: ModelSpec) -> AsyncGenerator[GenerationChunk, None]:
-        """Raises what no other worker can mend, or the last failure when the retries are used up."""
+        """Raises what no other worker can mend, the last failure when the retries of this request are used up, or
+        Unavailable when those of all requests are."""
         logger = request_logger(log, request.request_id)
+        now = asyncio.get_running_loop().time
         given: list[int] = []
         excluded: set[Incarnation] = set()
         retries = 0
@@ -71,6 +83,9 @@ class Orchestrator:
                 if last is None:
                     raise
                 raise last.error from error  # that no other worker is left says less than why this one failed
+            sent = now()
+            if last is None:
+                self._budget.note_request(sent)
             try:
                 async with aclosing(self._attempt(plan, request, sequence, logger)) as chunks:
                     async for chunk in chunks:
@@ -79,9 +94,10 @@ class Orchestrator:
                 return
             except LegFailed as failure:
                 retries, last = retries + 1, failure
-                self._note(failure, excluded)
+                moves = self._note(failure, sent, excluded)
                 if retries > self._max_retries:
                     raise failure.error from failure
+                self._spend(failure, moves, request.model)
                 self._metrics.observe_retry(request.model, failure.leg)
                 logger.warning("%s; going on elsewhere", failure, extra={"given": len(given)})
 
@@ -92,6 +108,7 @@ class Orchestrator:
         logger.info("planned", extra=plan.describe())
         async with AsyncExitStack() as legs:
             prefill = handle = None
+            sound = False
             more = not _ends_with_next(sequence)
             if plan.prefill is not None:
                 with _failing("prefill", plan.prefill):
@@ -104,9 +121,12 @@ class Orchestrator:
                     first = await prefill.first_token()
                 yield GenerationChunk((first.token,), first.cached_tokens, prefill_worker=plan.prefill.info.id)
                 if first.token.finish_reason is not None:
+                    self._note_success(plan)
                     return
             with _failing("decode", plan.decode, plan.prefill):
                 async for chunk in _decoded(decode, plan, is_start=prefill is None and not _given(sequence)):
+                    if not sound:
+                        sound = self._note_success(plan)
                     yield chunk
 
     async def _open_prefill(
@@ -136,12 +156,47 @@ class Orchestrator:
             open_decode(self._channels, info, sequence, handle, _remaining(request))
         )
 
-    def _note(self, failure: LegFailed, excluded: set[Incarnation]) -> None:
-        """Keeps this request off the worker, and others too if the worker itself seems gone."""
+    def _note(self, failure: LegFailed, sent: float, excluded: set[Incarnation]) -> bool:
+        """Keeps this request off the worker, and others too if the worker itself is in trouble. True if it is
+        lost with all that had been sent there: such a request moves, and need not ask the budget."""
         info = failure.worker.info
         excluded.add((info.id, info.epoch))
-        if isinstance(failure.error, Unavailable) and not isinstance(failure.error, TransferFailed):
-            self._view.report_failure(info.id, info.epoch)
+        trouble = _trouble(failure.error)
+        return trouble is not None and self._view.breakers.failed(
+            info, trouble, asyncio.get_running_loop().time(), sent
+        )
+
+    def _note_success(self, plan: Plan) -> bool:
+        for worker in plan.workers:
+            self._view.breakers.succeeded(worker.info)
+        return True
+
+    def _spend(self, failure: LegFailed, moves: bool, model: str) -> None:
+        """Raises Unavailable when retries have added enough load. The workers lost with the requests on them bear
+        none: these go on in any case."""
+        now = asyncio.get_running_loop().time()
+        if moves:
+            self._budget.note_move(now)
+        elif not self._budget.take(now):
+            self._metrics.observe_retry_refused(model)
+            if isinstance(failure.error, Overloaded):
+                raise failure.error from failure
+            raise Unavailable("too many requests fail for this one to be tried again") from failure
+
+
+def _trouble(error: SplitServeError) -> Trouble | None:
+    """What a failed leg says of its worker."""
+    match error:
+        case Overloaded():
+            return None
+        case PeerLost():
+            return Trouble.GONE
+        case TransferFailed():
+            return Trouble.FAILED
+        case Unavailable():
+            return Trouble.DOWN
+        case _:
+            return Trouble.FAILED
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 
 from router.backend import GenerationRequest, ModelSpec
+from router.breaker import Incarnation
 from router.policy import Demand, Plan, PolicyConfig, plan
 from router.recent_prompts import RecentPrompts, either
-from router.snapshot import ClusterView, Incarnation
+from router.snapshot import ClusterView
 from splitserve.cluster import WorkerState
 from splitserve.directory import Directory
 from splitserve.errors import Unavailable
@@ -55,10 +56,12 @@ class Planner:
         root = chain_root(bytes.fromhex(spec.fingerprint), request.cache_salt)
         hashes = block_hashes(root, tokens, spec.block_tokens)
         owned = either(await self._owned(hashes, states), self._recent.longest_prefix(hashes, now))
-        chosen = plan(demand, owned, states, self._config)
+        chosen = plan(demand, owned, self._view.breakers.usable(states, now), self._config)
         if chosen.prefill is not None:
             until = now + chosen.first_token_seconds + ANNOUNCE_SECONDS
             self._recent.add(chosen.prefill.info.id, hashes, until)
+        for worker in chosen.workers:
+            self._view.breakers.claim(worker.info, now)
         return chosen
 
     async def _owned(self, hashes: Sequence[BlockHash], states: Sequence[WorkerState]) -> Mapping[str, int]:

@@ -56,6 +56,10 @@ class Plan:
     decode_blocks: int  # that the sequence will hold there when it starts
     first_token_seconds: float  # predicted
 
+    @property
+    def workers(self) -> tuple[WorkerState, ...]:
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
+
     def describe(self) -> dict[str, str | int | float | None]:
         """Fields for a log record."""
         return {

@@ -1,8 +1,8 @@
 """What a router believes of its cluster: the latest worker states and its own requests in flight.
 
 Owns one task that reads the directory; knows no policy. Invariant: a worker leaves the view only because the
-directory, being healthy, has dropped it, because its lease has ended, or because a connection to it has failed;
-never because Redis is away or has lost its memory.
+directory, being healthy, has dropped it or because its lease has ended, never because Redis is away or has lost
+its memory; a model's pool leaves out those that its breakers have ejected.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+from router.breaker import Breakers, Incarnation
 from splitserve.cluster import Role, WorkerLoad, WorkerState
 from splitserve.directory import Directory
 from splitserve.errors import Unavailable
 
 logger = logging.getLogger(__name__)
-
-Incarnation = tuple[str, int]  # worker id, epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,16 @@ class _InFlight:
 class ClusterView:
     """A router's view of the workers in ``directory``, refreshed every ``refresh_seconds``.
 
-    ``eject_seconds``: how long a worker is left alone after a failed connection.
+    ``breakers``: whom to leave alone, in loop time; those who send requests tell them how it went.
     """
 
-    def __init__(self, directory: Directory, refresh_seconds: float = 0.5, eject_seconds: float = 3.0) -> None:
+    def __init__(
+        self, directory: Directory, refresh_seconds: float = 0.5, breakers: Breakers | None = None
+    ) -> None:
         self._directory = directory
         self._refresh_seconds = refresh_seconds
-        self._eject_seconds = eject_seconds
+        self.breakers = breakers or Breakers()
         self._seen: dict[str, _Sighting] = {}
-        self._ejected: dict[Incarnation, float] = {}  # until, in loop time
         self._in_flight: defaultdict[Incarnation, set[_InFlight]] = defaultdict(set)
         self._chosen: dict[str, str] = {}  # model -> fingerprint of the group in use
         self._mismatches: set[tuple[str, frozenset[str]]] = set()
@@ -111,32 +111,31 @@ class ClusterView:
     def models(self) -> dict[str, ModelPool]:
         """The pools of all models that have a worker."""
         by_model: defaultdict[str, defaultdict[str, list[WorkerState]]] = defaultdict(lambda: defaultdict(list))
-        for state in self._live():
+        for state in self.states():
             by_model[state.info.model][state.info.fingerprint].append(state)
-        return {
-            model: ModelPool(model, chosen, tuple(groups[chosen]))
-            for model, groups in by_model.items()
-            for chosen in [self._choose(model, groups)]
-        }
+        now = asyncio.get_running_loop().time()
+        pools = {}
+        for model, members in by_model.items():
+            groups = {
+                fp: usable for fp, states in members.items() if (usable := self.breakers.usable(states, now))
+            }
+            if groups:
+                chosen = self._choose(model, groups)
+                pools[model] = ModelPool(model, chosen, tuple(groups[chosen]))
+        return pools
 
     def pool(self, model: str) -> ModelPool | None:
         """The workers that serve ``model``, with this router's own requests counted in."""
         return self.models().get(model)
 
     def states(self) -> list[WorkerState]:
-        """All workers in the view, whatever their model."""
-        return list(self._live())
+        """All workers in the view, whatever their model, with this router's own requests counted in."""
+        now = asyncio.get_running_loop().time()
+        return [self._with_in_flight(sighting, now) for sighting in self._seen.values()]
 
     def addresses(self) -> set[str]:
         """gRPC addresses of all workers, also of those that are left alone for a while."""
         return {sighting.state.info.grpc_address for sighting in self._seen.values()}
-
-    def report_failure(self, worker_id: str, epoch: int) -> None:
-        """A connection to this incarnation failed: leave it alone for a while. A new incarnation is not meant."""
-        now = asyncio.get_running_loop().time()
-        if (worker_id, epoch) not in self._ejected:
-            logger.warning("worker %s failed: nothing new for %.1f s", worker_id, self._eject_seconds)
-        self._ejected[worker_id, epoch] = now + self._eject_seconds
 
     @contextmanager
     def begin(self, worker: WorkerState, tokens: int = 0, blocks: int = 0) -> Iterator[None]:
@@ -187,7 +186,7 @@ class ClusterView:
                 found[id] = self._seen[id]
         before, self._seen = self._seen, found
         self._note_changes(before, found)
-        self._ejected = {key: until for key, until in self._ejected.items() if until > loop.time()}
+        self.breakers.keep({(s.state.info.id, s.state.info.epoch) for s in found.values()}, loop.time())
         self._refreshed_at = loop.time()
         if self._failing:
             logger.info("the directory is back")
@@ -211,13 +210,6 @@ class ClusterView:
         if before != after:
             self.changed.set()
 
-    def _live(self) -> Iterator[WorkerState]:
-        now = asyncio.get_running_loop().time()
-        for sighting in self._seen.values():
-            info = sighting.state.info
-            if self._ejected.get((info.id, info.epoch), 0.0) <= now:
-                yield self._with_in_flight(sighting, now)
-
     def _with_in_flight(self, sighting: _Sighting, now: float) -> WorkerState:
         state, entries = (
             sighting.state,
@@ -233,7 +225,7 @@ class ClusterView:
             load = state.load
         return replace(state, load=_add(load, unseen), age_seconds=age)
 
-    def _choose(self, model: str, groups: dict[str, list[WorkerState]]) -> str:
+    def _choose(self, model: str, groups: Mapping[str, Sequence[WorkerState]]) -> str:
         """The fingerprint to serve: one with decode workers, the one in use before others, then the largest."""
 
         def rank(fingerprint: str) -> tuple[bool, bool, int, int, str]:
@@ -247,7 +239,7 @@ class ClusterView:
             self._log_mismatch(model, groups, chosen)
         return chosen
 
-    def _log_mismatch(self, model: str, groups: dict[str, list[WorkerState]], chosen: str) -> None:
+    def _log_mismatch(self, model: str, groups: Mapping[str, Sequence[WorkerState]], chosen: str) -> None:
         key = (model, frozenset(groups))
         if key in self._mismatches:
             return

@@ -67,6 +67,9 @@ class RouterMetrics:
         self._retries = _counter(
             registry, "request_retries", "Legs of requests tried again on another worker.", [*model, "leg"]
         )
+        self._retries_refused = _counter(
+            registry, "request_retries_refused", "Requests that failed where no more could be tried again.", model
+        )
         self._prompt_tokens = _counter(registry, "prompt_tokens", "Tokens of prompts.", model)
         self._generation_tokens = _counter(registry, "generation_tokens", "Tokens generated.", model)
         self._running = _gauge(registry, "router_requests_running", "Requests being answered.", model)
@@ -102,6 +105,9 @@ class RouterMetrics:
 
     def observe_retry(self, model: str, leg: str) -> None:
         self._retries.labels(model, leg).inc()
+
+    def observe_retry_refused(self, model: str) -> None:
+        self._retries_refused.labels(model).inc()
 
 
 class EngineMetrics:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, EngineRequest, open_model
-from splitserve.errors import EngineError, InvalidRequest, Overloaded
+from splitserve.errors import EngineError, InvalidRequest, Overloaded, Unavailable
 from splitserve.sampling import SamplingParams
 
 POOL = 40 * 16 * 2 * 2 * 2 * 16 * 4  # bytes: 40 blocks
@@ -158,7 +158,7 @@ async def test_a_failure_of_the_thread_is_told_to_everybody(tiny: Callable[..., 
     core.scheduler.finish = None  # type: ignore[assignment,method-assign]
     broken.abandon("a", 0)  # which calls it
     async with asyncio.timeout(10):
-        with pytest.raises(EngineError):
+        with pytest.raises(Unavailable):
             await answer(broken, request("b", [1]))
         with pytest.raises(EngineError):
             while True:

@@ -21,6 +21,7 @@ from router.legs import Channels
 from router.orchestrator import Orchestrator
 from router.planner import Planner
 from router.policy import PolicyConfig
+from router.retry_budget import RetryBudget
 from router.snapshot import ClusterView
 from splitserve.cluster import Role, WorkerInfo
 from splitserve.directory import Directory
@@ -68,8 +69,9 @@ class Call:
 class Script:
     """What all workers of a cluster do: the next call of a role takes the next fault of that role, if any."""
 
-    def __init__(self, stop_at: int | None = None) -> None:
+    def __init__(self, stop_at: int | None = None, always: Exception | None = None) -> None:
         self.stop_at = stop_at  # index of a token that ends the answer by itself
+        self.always = None if always is None else Fault(0, always)  # for calls that no other fault is meant for
         self.faults: dict[Role, deque[Fault | None]] = {role: deque() for role in Role}
         self.calls: list[Call] = []
 
@@ -97,7 +99,7 @@ class Script:
         self.calls.append(call)
         faults = self.faults[call.role]
         try:
-            yield faults.popleft() if faults else None
+            yield faults.popleft() if faults else self.always
         except (asyncio.CancelledError, GeneratorExit):
             call.cancelled = True
             raise
@@ -168,6 +170,11 @@ class ScriptedCluster:
         request = GenerationRequest("r", self._spec.name, prompt, sampling, deadline=deadline)
         return self._orchestrator.generate(request, self._spec)
 
+    def usable(self) -> set[str]:
+        """Workers that requests may be sent to."""
+        pool = self.view.pool(self._spec.name)
+        return set() if pool is None else {state.info.id for state in pool.states}
+
     async def tokens(self, **options: Any) -> list[TokenOutput]:
         return [token async for chunk in self.generate(**options) for token in chunk.tokens]
 
@@ -200,7 +207,7 @@ async def scripted(
         stack.push_async_callback(channels.close)
         registry = CollectorRegistry()
         planner = Planner(directory, view, PolicyConfig(decode_only_tokens=16))
-        orchestrator = Orchestrator(planner, view, channels, RouterMetrics(registry), max_retries)
+        orchestrator = Orchestrator(planner, view, channels, RouterMetrics(registry), max_retries, RetryBudget())
         cluster = ScriptedCluster(script, view, orchestrator, spec)
         cluster.servers, cluster.registry = servers, registry
         yield cluster

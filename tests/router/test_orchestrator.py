@@ -103,7 +103,7 @@ async def test_a_failed_transfer_goes_on_from_what_was_given(cluster: Open) -> N
         assert list(second.sequence.tokens) == [*PROMPT, FIRST] and second.sequence.num_prompt_tokens == len(
             PROMPT
         )
-        assert {s.info.id for s in workers.view.states()} >= {first.worker}, "but others may ask it"
+        assert first.worker in workers.usable(), "but others may ask it"
 
 
 async def test_a_transfer_that_fails_from_the_only_source_is_computed_where_it_was_going(cluster: Open) -> None:
@@ -138,7 +138,7 @@ async def test_a_decode_worker_that_dies_in_the_middle_is_left_alone(cluster: Op
                     [dying] = workers.script.by_role(Role.DECODE)
                     await workers.servers[dying.worker].stop(0)
         assert tokens == whole()
-        assert dying.worker not in {state.info.id for state in workers.view.states()}
+        assert dying.worker not in workers.usable()
 
 
 async def test_an_answer_survives_as_many_failures_as_retries(cluster: Open) -> None:
@@ -175,7 +175,7 @@ async def test_a_request_that_can_never_be_served_is_not_tried_again(cluster: Op
         with pytest.raises(InvalidRequest, match="too long") as raised:
             await workers.tokens()
         assert len(made.by_role(role)) == 1
-        assert len(workers.view.states()) == 4, "the workers are not to blame"
+        assert len(workers.usable()) == 4, "the workers are not to blame"
     assert raised.value.field == "prompt"
 
 
@@ -241,3 +241,38 @@ async def test_a_failure_before_the_last_token_asks_for_that_one_only(cluster: O
         assert await answer(workers) == whole()
         assert len(workers.script.by_role(Role.DECODE)) == 1, "a prefill gives the one token that lacks"
         assert len(workers.script.by_role(Role.PREFILL)) == 2
+
+
+async def test_requests_that_fail_are_tried_again_only_while_few_are(cluster: Open) -> None:
+    made = Script(always=EngineError("no"))
+    async with cluster(made, prefill=0, decode=4) as workers:
+        for _ in range(40):
+            with pytest.raises((EngineError, Unavailable)):
+                await workers.tokens()
+    assert 43 <= len(made.calls) <= 48
+
+
+async def test_a_request_that_may_not_be_tried_again_fails_at_once(cluster: Open) -> None:
+    async with cluster(Script(always=EngineError("no")), prefill=0, decode=4) as workers:
+        with pytest.raises(EngineError):
+            await workers.tokens()
+        with pytest.raises(Unavailable, match="too many requests fail") as raised:
+            await workers.tokens()
+    assert raised.value.retry_after >= 1
+
+
+async def test_all_answers_of_a_worker_that_dies_go_on_elsewhere(cluster: Open) -> None:
+    made = script(decode=[Fault(2, hangs=True)] * 20)
+    async with cluster(made, prefill=0, decode=2) as workers:
+        asked = [asyncio.ensure_future(answer(workers)) for _ in range(20)]
+        while len(made.calls) < 20:
+            await asyncio.sleep(0.005)
+        await workers.servers["decode-0"].stop(0)
+        moved = sum(call.worker == "decode-0" for call in made.calls[:20])
+        assert moved > 4, "more than the budget has for so few requests"
+        while sum(task.done() for task in asked) < moved:
+            await asyncio.sleep(0.005)
+        assert all(task.result() == whole() for task in asked if task.done())
+        for task in asked:
+            task.cancel()
+        await asyncio.wait(asked)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from router.breaker import Breakers, Trouble
 from router.snapshot import ClusterView
 from splitserve.cluster import Role, WorkerInfo, WorkerLoad
 from splitserve.directory import Directory
@@ -32,6 +33,11 @@ async def eventually(check: Callable[[], bool], seconds: float = 8.0) -> None:
 
 def ids(view: ClusterView) -> list[str]:
     return [state.info.id for state in view.states()]
+
+
+def gone(view: ClusterView, worker: WorkerInfo) -> None:
+    now = asyncio.get_running_loop().time()
+    view.breakers.failed(worker, Trouble.GONE, now, now)
 
 
 async def flush(url: str) -> None:
@@ -99,14 +105,14 @@ async def test_a_view_starts_without_redis(make_worker: MakeWorker) -> None:
 
 
 async def test_a_failed_worker_is_left_alone_for_a_while(directory: Directory, make_worker: MakeWorker) -> None:
-    async with ClusterView(directory, 3600, eject_seconds=0.1) as view:
+    async with ClusterView(directory, 3600, Breakers(eject_seconds=0.1)) as view:
         info = await directory.register(make_worker("d0"))
         await view.refresh()
-        view.report_failure("d0", info.epoch)
-        assert ids(view) == []
+        gone(view, info)
+        assert view.pool("tiny") is None
         await view.refresh()
-        assert ids(view) == []
-        await eventually(lambda: ids(view) == ["d0"])
+        assert view.pool("tiny") is None
+        await eventually(lambda: view.pool("tiny") is not None)
 
 
 async def test_a_new_incarnation_does_not_inherit_the_failure(
@@ -114,10 +120,10 @@ async def test_a_new_incarnation_does_not_inherit_the_failure(
 ) -> None:
     old = await directory.register(make_worker("d0"))
     await view.refresh()
-    view.report_failure("d0", old.epoch)
+    gone(view, old)
     await directory.register(make_worker("d0"))
     await view.refresh()
-    assert ids(view) == ["d0"]
+    assert view.pool("tiny") is not None
 
 
 async def test_requests_in_flight_count_until_the_worker_tells_of_them(
