@@ -64,10 +64,10 @@ class Breakers:
             self._trip(breaker, worker, trouble, now)
         return trouble is not Trouble.FAILED and sent <= breaker.trouble_since
 
-    def succeeded(self, worker: WorkerInfo) -> None:
-        """A request did well there."""
+    def succeeded(self, worker: WorkerInfo, sent: float) -> None:
+        """A request that was sent there at ``sent`` did well."""
         breaker = self._breakers.get((worker.id, worker.epoch))
-        if breaker is None:
+        if breaker is None or (breaker.tripped_at is not None and sent <= breaker.tripped_at):
             return
         if breaker.tripped_at is not None:
             log.info("worker %s answers again", worker.id)

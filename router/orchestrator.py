@@ -106,6 +106,7 @@ class Orchestrator:
     ) -> AsyncGenerator[GenerationChunk, None]:
         """The request on the planned workers, from the first token that ``sequence`` lacks."""
         logger.info("planned", extra=plan.describe())
+        sent = asyncio.get_running_loop().time()
         async with AsyncExitStack() as legs:
             prefill = handle = None
             sound = False
@@ -121,12 +122,12 @@ class Orchestrator:
                     first = await prefill.first_token()
                 yield GenerationChunk((first.token,), first.cached_tokens, prefill_worker=plan.prefill.info.id)
                 if first.token.finish_reason is not None:
-                    self._note_success(plan)
+                    self._view.breakers.succeeded(plan.prefill.info, sent)
                     return
             with _failing("decode", plan.decode, plan.prefill):
                 async for chunk in _decoded(decode, plan, is_start=prefill is None and not _given(sequence)):
                     if not sound:
-                        sound = self._note_success(plan)
+                        sound = self._note_success(plan, sent)
                     yield chunk
 
     async def _open_prefill(
@@ -166,9 +167,9 @@ class Orchestrator:
             info, trouble, asyncio.get_running_loop().time(), sent
         )
 
-    def _note_success(self, plan: Plan) -> bool:
+    def _note_success(self, plan: Plan, sent: float) -> bool:
         for worker in plan.workers:
-            self._view.breakers.succeeded(worker.info)
+            self._view.breakers.succeeded(worker.info, sent)
         return True
 
     def _spend(self, failure: LegFailed, moves: bool, model: str) -> None:

@@ -36,7 +36,7 @@ def test_single_failures_eject_nobody(make_worker: MakeWorker) -> None:
     breakers, workers = Breakers(EJECT), members(make_worker)
     for _ in range(10):
         fail(breakers, workers["decode-0"], count=FAILURES - 1)
-        breakers.succeeded(workers["decode-0"])
+        breakers.succeeded(workers["decode-0"], EJECT)
     assert left_out(breakers, workers, 0.0) == set()
 
 
@@ -51,8 +51,15 @@ def test_one_request_tries_a_worker_whose_time_is_over(make_worker: MakeWorker) 
     fail(breakers, workers["decode-0"])
     breakers.claim(workers["decode-0"], EJECT)
     assert left_out(breakers, workers, EJECT) == {"decode-0"}
-    breakers.succeeded(workers["decode-0"])
+    breakers.succeeded(workers["decode-0"], EJECT)
     assert left_out(breakers, workers, EJECT) == set()
+
+
+def test_success_of_a_request_sent_before_the_ejection_does_not_end_it(make_worker: MakeWorker) -> None:
+    breakers, workers = Breakers(EJECT), members(make_worker)
+    breakers.failed(workers["decode-0"], Trouble.GONE, 1.0, 0.5)
+    breakers.succeeded(workers["decode-0"], 0.9)
+    assert left_out(breakers, workers, 1.1) == {"decode-0"}
 
 
 def test_a_trial_that_nobody_hears_of_is_followed_by_another(make_worker: MakeWorker) -> None:
