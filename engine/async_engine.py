@@ -160,6 +160,7 @@ class AsyncEngine:
             used_blocks=self.engine.pool.num_used,
             prefill_tokens_per_second=stats.prefill_tokens_per_second,
             decode_step_seconds=stats.decode_step_seconds,
+            decode_sequence_seconds=stats.decode_sequence_seconds,
         )
 
     async def check_integrity(self) -> None:

@@ -45,6 +45,12 @@ async def test_requests_are_answered_together(engine: AsyncEngine) -> None:
     assert all(len(tokens) == 8 for tokens in answers)
 
 
+async def test_its_load_tells_what_steps_and_sequences_take(engine: AsyncEngine) -> None:
+    lengths = [SamplingParams(temperature=0, max_tokens=8 * i, ignore_eos=True) for i in range(1, 7)]
+    await asyncio.gather(*(answer(engine, request(str(p.max_tokens), [1, 2], p)) for p in lengths))
+    assert engine.load().decode_step_seconds >= engine.load().decode_sequence_seconds > 0
+
+
 async def test_leaving_early_frees_the_blocks(engine: AsyncEngine) -> None:
     long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
     async with aclosing(engine.generate(request("a", [1, 2], long))) as outputs:
