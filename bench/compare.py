@@ -1,7 +1,8 @@
 """SplitServe and its peers on one machine: ``python -m bench.compare --peers peers.toml``.
 
-All servers get the same workloads from the same client, one server at a time, in turns, ``--rounds`` times;
-figures are medians over the rounds. Writes JSON, a page with tables of ratios, and plots (extra ``bench``).
+All servers get the same workloads from the same client, in turns, ``--rounds`` times; figures are medians over the
+rounds. Every result is kept in ``--results`` at once, and what is there is not measured again: the same command
+goes on after an interruption, and writes the page, its JSON and the plots (extra ``bench``) again.
 Invariant: what a server failed at is in the results; nothing is left out for being slow.
 """
 
@@ -14,51 +15,93 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import orjson
-
-from bench.contest import Contest, Say
-from bench.machine import describe
+from bench.contest import Contest
 from bench.page import write_page
 from bench.peers import Peer, Peers, Probe, read_peers
 from bench.plots import write_plots
 from bench.report import save
+from bench.results import ERROR, Results, without_series
+from bench.rounds import Rounds, Say
 from bench.router import free_port
 from bench.servers import RunningServer, end_in_order
-from bench.workloads import OTHERS, WORKLOADS
+from bench.workloads import ORDER
 from splitserve.errors import ConfigError
 
 _PROBE_LINE = re.compile(r"^(.+?):\s+([\d.]+)\s*(.*)$", re.MULTILINE)
 _PROBE_SECONDS = 900.0
+_PROBE = "probe"  # in place of a workload
 
 
-def run_server(
-    peer: Peer, wanted: Sequence[str], scale: float, cores: tuple[int, ...], say: Say
-) -> dict[str, Any]:
-    """Results by workload; an ``error`` in place of what could not be measured."""
-    say(f"{peer.name}: starting")
-    results: dict[str, Any] = {}
-    try:
-        with RunningServer(peer.server(free_port(), cores)) as server:
-            say(f"  ready after {server.ready_seconds:.1f} s")
-            results["start"] = {"seconds": server.ready_seconds}
-            contest = Contest(peer, server, scale, say)
-            contest.warm_up()
-            if "idle" in wanted and peer.takes("idle"):
-                results["idle"] = contest.idle()
-            for workload in WORKLOADS:
-                if workload.name in wanted and peer.takes(workload.name):
-                    results[workload.name] = contest.run(workload)
-            if "goodput" in wanted and peer.takes("goodput"):
-                results["goodput"] = contest.goodput()
-    except ConfigError as error:
-        say(f"  {error.message}")
-        results["error"] = error.message
-    return results
+class Comparison:
+    """One comparison: measures what its folder lacks, and reports what it holds."""
+
+    def __init__(self, peers: Peers, options: argparse.Namespace, say: Say) -> None:
+        self.results = Results(options.results or Path("build") / options.name)
+        self._facts = self.results.facts(options.scale)
+        self._peers = peers
+        self._options = options
+        self._cores = tuple(options.cores or ())
+        self._say = say
+
+    def measure(self) -> None:
+        """All that is missing; the report is written after every turn."""
+        workloads = [name for name in ORDER if name in self._options.workloads]
+        rounds = Rounds(self._peers.servers, workloads, self._options.rounds, self.results)
+        rounds.play(self._start, self._figures, self.write, self._say)
+        for number in range(1, self._options.rounds + 1):
+            for probe in self._peers.probes:
+                if not self.results.has(probe.name, number, _PROBE):
+                    self.results.put(probe.name, number, _PROBE, run_probe(probe, self._cores, self._say))
+        self.write()
+
+    def write(self) -> None:
+        """Page, JSON and plots of what there is by now."""
+        options = self._options
+        runs = {peer.name: self.results.runs(peer.name) for peer in self._peers.servers}
+        data = self._facts | {
+            "command": f"python -m bench.compare {shlex.join(options.command)}",
+            "note": self._peers.note,
+            "rounds": options.rounds,
+            "servers": {
+                peer.name: {
+                    "command": peer.command,
+                    "note": peer.note,
+                    "rounds": peer.rounds or options.rounds,
+                    "stays": peer.stays,
+                }
+                for peer in self._peers.servers
+            },
+            "medians": {name: medians(rounds) for name, rounds in runs.items()},
+            "probes": {
+                probe.name: [run[_PROBE] for run in self.results.runs(probe.name)] for probe in self._peers.probes
+            },
+            "runs": runs,
+        }
+        plots = write_plots(data, options.out, options.name)
+        write_page(data, options.out / f"{options.name}.md", plots)
+        data["runs"] = {name: without_series(rounds) for name, rounds in runs.items()}
+        save(options.out / f"{options.name}.json", data)
+
+    @contextmanager
+    def _start(self, peer: Peer) -> Iterator[RunningServer]:
+        self._say(f"{time.strftime('%H:%M:%S')} {peer.name}: starting")
+        with RunningServer(peer.server(free_port(), self._cores)) as server:
+            self._say(f"  ready after {server.ready_seconds:.1f} s")
+            self._contest(peer, server).warm_up()
+            yield server
+
+    def _figures(self, peer: Peer, server: RunningServer, workload: str) -> dict[str, Any]:
+        earlier = [run["goodput"]["rate"] for run in self.results.runs(peer.name) if "goodput" in run]
+        return self._contest(peer, server).measure(workload, earlier[-1] if earlier else None)
+
+    def _contest(self, peer: Peer, server: RunningServer) -> Contest:
+        return Contest(peer, server, self._options.scale, self._say)
 
 
 def run_probe(probe: Probe, cores: tuple[int, ...], say: Say) -> dict[str, Any]:
@@ -72,7 +115,7 @@ def run_probe(probe: Probe, cores: tuple[int, ...], say: Say) -> dict[str, Any]:
         )
     except (OSError, subprocess.SubprocessError) as error:
         say(f"  {error}")
-        return {"error": str(error)}
+        return {ERROR: str(error)}
     finally:
         os.sched_setaffinity(0, here)
     say(done.stdout.rstrip())
@@ -84,52 +127,26 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     collected: dict[str, dict[str, list[float]]] = {}
     for results in rounds:
         for workload, figures in results.items():
-            if isinstance(figures, dict):
-                for metric, value in figures.items():
-                    if isinstance(value, int | float) and not isinstance(value, bool):
-                        collected.setdefault(workload, {}).setdefault(metric, []).append(value)
+            for metric, value in figures.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    collected.setdefault(workload, {}).setdefault(metric, []).append(value)
     return {name: {metric: median(values) for metric, values in m.items()} for name, m in collected.items()}
-
-
-def compare(peers: Peers, options: argparse.Namespace, say: Say) -> dict[str, Any]:
-    """All rounds of all servers, and their medians."""
-    cores = tuple(options.cores or ())
-    rounds: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in peers.servers}
-    probes: dict[str, list[dict[str, Any]]] = {probe.name: [] for probe in peers.probes}
-    for number in range(options.rounds):
-        say(f"== round {number + 1} of {options.rounds}, {time.strftime('%H:%M:%S')}")
-        for peer in peers.servers:
-            rounds[peer.name].append(run_server(peer, options.workloads, options.scale, cores, say))
-        for probe in peers.probes:
-            probes[probe.name].append(run_probe(probe, cores, say))
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe(),
-        "command": f"python -m bench.compare {shlex.join(options.command)}",
-        "rounds": options.rounds,
-        "scale": options.scale,
-        "servers": {peer.name: {"command": peer.command, "note": peer.note} for peer in peers.servers},
-        "medians": {name: medians(results) for name, results in rounds.items()},
-        "probes": probes,
-        "runs": rounds,
-    }
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    names = [*(workload.name for workload in WORKLOADS), *OTHERS]
     p = argparse.ArgumentParser(prog="bench compare", description="Measures several servers in turns.")
-    p.add_argument("--peers", type=Path, help="TOML file; see bench/peers.example.toml")
+    p.add_argument("--peers", type=Path, required=True, help="TOML file; see bench/peers.example.toml")
     p.add_argument("--only", nargs="+", metavar="NAME", help="of the servers")
     p.add_argument(
-        "--workloads", nargs="+", choices=names, default=names, metavar="WORKLOAD", help=" ".join(names)
+        "--workloads", nargs="+", choices=ORDER, default=ORDER, metavar="WORKLOAD", help=" ".join(ORDER)
     )
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--scale", type=float, default=1.0, help="times the numbers of requests; below 1 only to try")
     p.add_argument("--cores", type=int, nargs="+", help="for the servers; default: all")
-    p.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the results")
+    p.add_argument("--results", type=Path, help="folder of single results; default: build/NAME")
+    p.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the report")
     p.add_argument("--name", default="compare", help="of the files in it")
-    p.add_argument("--again", type=Path, metavar="JSON", help="writes page and plots from earlier results")
     return p
 
 
@@ -137,21 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 0; raises ConfigError."""
     options = parser().parse_args(arguments)
     options.command = list(sys.argv[1:] if arguments is None else arguments)
-    if options.again:
-        data = orjson.loads(options.again.read_bytes())
-    elif options.peers is None:
-        raise ConfigError("--peers is needed; bench/peers.example.toml shows how it looks")
-    else:
-        peers = read_peers(options.peers)
-        if options.only:
-            if unknown := set(options.only) - {peer.name for peer in peers.servers}:
-                raise ConfigError(f"--only: no server is called {', '.join(sorted(unknown))}")
-            peers = Peers(tuple(peer for peer in peers.servers if peer.name in options.only), peers.probes)
-        data = compare(peers, options, lambda text: print(text, flush=True))
-        save(options.out / f"{options.name}.json", data)
-    plots = write_plots(data, options.out, options.name)
-    page = write_page(data, options.out / f"{options.name}.md", plots)
-    print(f"written: {page}, {', '.join(map(str, plots)) or 'no plots'}")
+    peers = read_peers(options.peers)
+    if options.only:
+        if unknown := set(options.only) - {peer.name for peer in peers.servers}:
+            raise ConfigError(f"--only: no server is called {', '.join(sorted(unknown))}")
+        peers = Peers(tuple(peer for peer in peers.servers if peer.name in options.only), (), peers.note)
+    Comparison(peers, options, lambda text: print(text, flush=True)).measure()
+    print(f"written: {options.out / options.name}.md")
     return 0
 
 

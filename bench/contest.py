@@ -18,25 +18,30 @@ import uvloop
 
 from bench.arrivals import Arrivals
 from bench.datasets import Lengths, Tokens
+from bench.goodput import Verdict, highest
 from bench.http_client import Server
 from bench.load import Client, LoadResult, run_load
 from bench.metrics import Slo, summarize
 from bench.openai_api import Api
 from bench.peers import Peer
+from bench.record import Record
+from bench.rounds import Say
 from bench.servers import RunningServer
 from bench.workloads import (
     GOODPUT_ATTAINMENT,
+    GOODPUT_FIRST,
+    GOODPUT_LEAST,
     GOODPUT_LENGTHS,
     GOODPUT_RATES,
     GOODPUT_SECONDS,
     GOODPUT_SLO,
+    WORKLOADS,
     Workload,
 )
 
 VOCAB = 32_000
 _IDLE_SECONDS = 10.0
 _SETTLE_SECONDS = 2.0
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,23 @@ class Contest:
     def warm_up(self) -> None:
         """Requests of the sizes to come, so that nothing is compiled or allocated in a measurement."""
         for lengths in (Lengths(16, 4), Lengths(1024, 4), Lengths(512, 16)):
-            self._load(Workload("warm-up", lengths, 2, concurrency=2))
+            self._load(Workload("warm-up", lengths, 2, concurrency=2), 2)
+
+    def measure(self, name: str, goodput: float | None) -> dict[str, Any]:
+        """Figures of one of ``ORDER``; ``goodput``: the rate that an earlier round found. Raises ConfigError."""
+        match name:
+            case "start":
+                return {"seconds": self.server.ready_seconds}
+            case "idle":
+                return self.idle()
+            case "goodput":
+                return self.goodput(goodput)
+            case _:
+                return self.run(next(workload for workload in WORKLOADS if workload.name == name))
 
     def run(self, workload: Workload) -> dict[str, Any]:
         """Figures under vLLM's names, and the intervals between tokens with their times."""
-        result = self._load(workload)
+        result = self._load(workload, self._count(workload.count))
         summary = summarize(result, Slo())
         shown = {"TTFT": "mean_ttft_ms", "TPOT": "mean_tpot_ms", "ITL p99": "p99_itl_ms"}
         parts = [f"{title} {summary[key]:.1f} ms" for title, key in shown.items() if summary[key] is not None]
@@ -63,26 +80,26 @@ class Contest:
         self.say(f"  {workload.title}: {', '.join(parts)}")
         return summary | {"gaps": _gaps(result)}
 
-    def goodput(self) -> dict[str, Any]:
-        """The highest rate at which enough requests keep the limits, and the attainment at each rate tried.
+    def goodput(self, first: float | None) -> dict[str, Any]:
+        """The highest rate at which enough requests keep the limits, and what came of each rate tried.
 
-        Rates are tried upwards until two in a row fail; a rate whose neighbour below failed does not count.
+        ``first``: the rate to begin with, from an earlier round. A window that can't pass any more is ended.
         """
-        attained: dict[str, float] = {}
-        best, failed = 0.0, 0
-        for rate in GOODPUT_RATES:
-            count = max(30, round(rate * GOODPUT_SECONDS))
-            result = self._load(Workload("goodput", GOODPUT_LENGTHS, count, rate=rate))
-            share = summarize(result, GOODPUT_SLO)["slo_attainment"]
-            attained[f"{rate:g}"] = share
-            self.say(f"  {rate:g} req/s: {share:.0%} within the limits")
-            if share >= GOODPUT_ATTAINMENT:
-                best = rate if not failed else best
-            else:
-                failed += 1
-            if failed >= 2:
-                break
-        return {"rate": best, "attainment": attained}
+        tried: list[dict[str, Any]] = []
+
+        def passes(rate: float) -> bool:
+            count = self._count(max(GOODPUT_LEAST, round(rate * GOODPUT_SECONDS)))
+            verdict = Verdict(GOODPUT_SLO, count, GOODPUT_ATTAINMENT)
+            result = self._load(Workload("goodput", GOODPUT_LENGTHS, count, rate=rate), count, verdict.lost)
+            ended = len(result.records) < count
+            tried.append({"rate": rate, "requests": count, "attainment": verdict.attainment, "ended_early": ended})
+            self.say(f"  {rate:g} req/s: {'at most ' if ended else ''}{verdict.attainment:.0%} within the limits")
+            time.sleep(_SETTLE_SECONDS)
+            return verdict.passed
+
+        begin = GOODPUT_RATES.index(first) if first in GOODPUT_RATES else GOODPUT_FIRST
+        best = highest(GOODPUT_RATES, passes, begin)
+        return {"rate": 0.0 if best is None else GOODPUT_RATES[best], "tried": tried}
 
     def idle(self) -> dict[str, Any]:
         """CPU time of all its processes while nobody asks, in cores, and the memory they hold."""
@@ -95,9 +112,11 @@ class Contest:
         self.say(f"  idle: {cores:.3f} cores, {resident:.0f} MiB resident")
         return {"cpu_fraction": cores, "resident_mib": resident, "processes": dict(after.resident)}
 
-    def _load(self, workload: Workload) -> LoadResult:
+    def _count(self, requests: int) -> int:
+        return max(2, round(requests * self.scale * self.peer.prompts))
+
+    def _load(self, workload: Workload, count: int, enough: Callable[[Record], bool] | None = None) -> LoadResult:
         rng = np.random.default_rng(secrets.randbits(64))
-        count = max(2, round(workload.count * self.scale * self.peer.prompts))
         conversations = workload.conversations(Tokens(rng, VOCAB), count)
         offsets = Arrivals(workload.rate).offsets(count, rng)
         api = Api(
@@ -105,7 +124,7 @@ class Contest:
         )
         client = Client(Server.parse(self.server.spec.url), api, self.peer.request_timeout)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(run_load(client, conversations, offsets, workload.concurrency))
+            return runner.run(run_load(client, conversations, offsets, workload.concurrency, enough))
 
 
 def _gaps(result: LoadResult) -> dict[str, list[float]]:

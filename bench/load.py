@@ -3,7 +3,7 @@
 Owns pacing and the tasks of running conversations; knows no metrics. An open loop never waits for answers; what
 it could not send in time is visible in ``Record.sent - Record.scheduled``.
 Invariant: every turn that was begun becomes exactly one record, whatever happened to it; a conversation ends
-with its first failure.
+with its first failure. Only a run that was ended by ``enough`` leaves turns without one: they are called off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,31 +82,48 @@ class LoadResult:
     client_cpu: float  # seconds of CPU that this process used
 
 
+class _Ended(Exception):
+    """``enough`` said so; takes all running conversations along."""
+
+
 async def run_load(
     client: Client,
     conversations: Sequence[Conversation],
     offsets: Sequence[float],
     max_concurrency: int | None = None,
+    enough: Callable[[Record], bool] | None = None,
 ) -> LoadResult:
-    """Starts conversation ``i`` at ``offsets[i]`` seconds, or later if ``max_concurrency`` are running."""
+    """Starts conversation ``i`` at ``offsets[i]`` seconds, or later if ``max_concurrency`` are running.
+
+    ``enough`` is asked after each request, and ends the run at once.
+    """
     records: list[Record] = []
     room = asyncio.Semaphore(max_concurrency or max(1, len(conversations)))
+
+    def keep(record: Record) -> None:
+        records.append(record)
+        if enough is not None and enough(record):
+            raise _Ended
+
     with _no_collector():
         cpu, began = time.process_time(), time.perf_counter()
-        async with asyncio.TaskGroup() as tasks:
-            for conversation, offset in zip(conversations, offsets, strict=True):
-                due = began + offset
-                if (wait := due - time.perf_counter()) > 0:
-                    await asyncio.sleep(wait)
-                await room.acquire()
-                tasks.create_task(_converse(client, conversation, due, records, room))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for conversation, offset in zip(conversations, offsets, strict=True):
+                    due = began + offset
+                    if (wait := due - time.perf_counter()) > 0:
+                        await asyncio.sleep(wait)
+                    await room.acquire()
+                    tasks.create_task(_converse(client, conversation, due, keep, room))
+        except* _Ended:
+            pass
         cpu = time.process_time() - cpu
     ended = max((record.ended for record in records), default=began)
     return LoadResult(tuple(sorted(records, key=lambda record: record.sent)), began, ended - began, cpu)
 
 
 async def _converse(
-    client: Client, conversation: Conversation, due: float, records: list[Record], room: asyncio.Semaphore
+    client: Client, conversation: Conversation, due: float, keep: Callable[[Record], None], room: asyncio.Semaphore
 ) -> None:
     try:
         history: list[Past] = []
@@ -115,7 +132,7 @@ async def _converse(
                 await asyncio.sleep(turn.think)
                 due = time.perf_counter()
             record, answer = await client.ask(history, turn, due, conversation.label)
-            records.append(record)
+            keep(record)
             if record.error is not None:
                 return
             history.append(Past(turn.prompt, answer, record.output_tokens))

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import GOODPUT_ATTAINMENT, GOODPUT_LENGTHS, GOODPUT_SLO, SHOWN, TARGETS, WORKLOADS, Target
+from bench.results import ERROR
+from bench.workloads import (
+    GOODPUT_ATTAINMENT,
+    GOODPUT_LENGTHS,
+    GOODPUT_SECONDS,
+    GOODPUT_SLO,
+    SHOWN,
+    TARGETS,
+    WORKLOADS,
+    Target,
+)
 
 _TITLES = {workload.name: workload.title for workload in WORKLOADS} | {
     "goodput": f"{GOODPUT_LENGTHS.input} in / {GOODPUT_LENGTHS.output} out: highest Poisson rate at which "
@@ -29,26 +39,31 @@ def write_page(data: Mapping[str, Any], path: Path, plots: Sequence[Path]) -> Pa
     """Writes the page and returns its path."""
     medians: Mapping[str, Mapping[str, Mapping[str, float]]] = data["medians"]
     names = list(data["servers"])
-    lines = ["# SplitServe and its peers on one machine", ""]
+    lines = [f"# {names[0]} and its peers on one machine", ""]
+    lines += [f"**{data['note']}**", ""] if data["note"] else []
     lines += [
-        f"Measured {data['date']}; medians of {data['rounds']} rounds in turns, the same client, model, cores and "
-        "workloads for all, fresh random prompts for every run. ITL counts tokens, ICL arrivals (see "
-        "`bench/metrics.py`). Ratios are ours divided by theirs.",
+        f"Measured {data['date']}. Figures are medians of {data['rounds']} rounds in turns, where a server has no "
+        "fewer below: the same client, model, cores and workloads for all, fresh random prompts for every run. "
+        "ITL counts tokens, ICL arrivals (see `bench/metrics.py`). Ratios are ours divided by theirs.",
         "",
     ]
     if data["scale"] != 1:
         lines += [f"**Only a trial: {data['scale']:g} times the numbers of requests.**", ""]
     lines += ["## Targets", "", *_targets(medians, names[0]), "", "## Figures", ""]
-    lines += [*_figures(medians, names), ""]
+    lines += [*_figures(data, names), ""]
+    lines += [*_ranges(data, names[0]), *_rates(data)]
     lines += [f"![{plot.stem}]({plot.name})\n" for plot in plots]
     if problems := list(_problems(data)):
         lines += ["## What failed", "", *problems, ""]
     lines += [*_probes(data), "## Machine and commands", ""]
     lines += [f"- {key}: {value}" for key, value in data["machine"].items()]
-    lines += ["", "```", data["command"], "```", ""]
+    lines += ["", f"    {data['command']}", ""]
     for name, server in data["servers"].items():
-        note = f" ({server['note']})" if server["note"] else ""
-        lines += [f"- {name}{note}: `{server['command']}`"]
+        rounds = "1 round" if server["rounds"] == 1 else f"{server['rounds']} rounds"
+        stays = "; started once, idle while others are measured" if server["stays"] else ""
+        note = f"; {server['note']}" if server["note"] else ""
+        lines += [f"- {name} ({rounds}{stays}{note}): `{server['command']}`"]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -57,18 +72,18 @@ def _targets(medians: Mapping[str, Any], ours: str) -> list[str]:
     lines = ["| workload | metric | ours | peer | ratio | target | |", "|---|---|---|---|---|---|---|"]
     for target in TARGETS:
         mine = medians[ours].get(target.workload, {}).get(target.metric)
-        theirs = medians.get(target.peer, {}).get(target.workload, {}).get(target.metric)
-        wanted = f"{'≥' if target.at_least else '≤'} {_ratio(target.ratio)}"
+        theirs = medians.get(target.peer, {}).get(target.workload, {}).get(target.metric) if target.peer else 1.0
+        limit = _ratio(target.ratio) if target.peer else _number(target.ratio)
+        wanted = f"{'≥' if target.at_least else '≤'} {limit}"
         head = f"| {_TITLES[target.workload]} | {_metric(target.metric)}"
         if mine is None or theirs is None:
-            lines.append(f"{head} | {_number(mine)} | {_number(theirs)} | | {wanted} | not measured |")
+            lines.append(f"{head} | {_cell(mine)} | {_cell(theirs)} | | {wanted} | not measured |")
             continue
         ratio, verdict = _judge(target, mine, theirs)
         if failed := medians[ours][target.workload].get("failed"):
             verdict = f"**missed**: {failed:g} requests failed"
-        lines.append(
-            f"{head} | {_number(mine)} | {target.peer} {_number(theirs)} | {ratio} | {wanted} | {verdict} |"
-        )
+        peer = f"{target.peer} {_number(theirs)} | {ratio}" if target.peer else " | "
+        lines.append(f"{head} | {_number(mine)} | {peer} | {wanted} | {verdict} |")
     return lines
 
 
@@ -80,42 +95,87 @@ def _judge(target: Target, mine: float, theirs: float) -> tuple[str, str]:
     return _ratio(ratio), "met" if target.met(ratio) else "**missed**"
 
 
-def _figures(medians: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    lines = [f"| workload | metric | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+def _figures(data: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    heads = [
+        name if server["rounds"] == data["rounds"] else f"{name} ({server['rounds']} round)"
+        for name, server in data["servers"].items()
+    ]
+    lines = [f"| workload | metric | {' | '.join(heads)} |", f"|---|---|{'---|' * len(names)}"]
     for workload, metrics in SHOWN.items():
         for metric in metrics:
-            values = [medians[name].get(workload, {}).get(metric) for name in names]
+            values = [data["medians"][name].get(workload, {}).get(metric) for name in names]
             if any(value is not None for value in values):
-                cells = " | ".join(map(_number, values))
+                cells = " | ".join(map(_cell, values))
                 lines.append(f"| {_TITLES[workload]} | {_metric(metric)} | {cells} |")
     return lines
 
 
-def _problems(data: Mapping[str, Any]) -> list[str]:
+def _ranges(data: Mapping[str, Any], ours: str) -> Iterator[str]:
+    """How far the rounds lie apart, for what the targets name."""
+    peers = [
+        ours,
+        *dict.fromkeys(target.peer for target in TARGETS if target.peer and target.peer in data["runs"]),
+    ]
+    rows = []
+    for workload, metric in dict.fromkeys((target.workload, target.metric) for target in TARGETS):
+        cells = [
+            ", ".join(
+                _number(run[workload][metric]) for run in data["runs"][peer] if metric in run.get(workload, {})
+            )
+            for peer in peers
+        ]
+        if any("," in cell for cell in cells):
+            rows.append(f"| {_TITLES[workload]} | {_metric(metric)} | {' | '.join(cells)} |")
+    if rows:
+        yield from ("## Round by round", "", f"| workload | metric | {' | '.join(peers)} |")
+        yield from (f"|---|---|{'---|' * len(peers)}", *rows, "")
+
+
+def _rates(data: Mapping[str, Any]) -> Iterator[str]:
+    """Which rates the search for the goodput tried."""
     lines = []
     for name, runs in data["runs"].items():
+        for number, run in enumerate(runs, 1):
+            if steps := run.get("goodput", {}).get("tried"):
+                said = [
+                    f"{step['rate']:g}: {'≤ ' if step['ended_early'] else ''}{step['attainment']:.0%}"
+                    for step in steps
+                ]
+                lines.append(f"- {name}, run {number}: {', '.join(said)}")
+    if lines:
+        yield from ("## Rates tried for the goodput", "")
+        yield from (
+            "In this order; requests a second, and the part of them within the limits. A window is "
+            f"{GOODPUT_SECONDS:g} s of arrivals, and is ended as soon as it can't pass any more (≤: the most it "
+            "could have been). So short a window doesn't show a backlog that grows slowly: neighbouring rates are "
+            "19 % apart for that reason.",
+            "",
+            *lines,
+            "",
+        )
+
+
+def _problems(data: Mapping[str, Any]) -> Iterator[str]:
+    for name, runs in data["runs"].items():
         for number, results in enumerate(runs, 1):
-            if "error" in results:
-                lines.append(f"- {name}, round {number}: {results['error'].splitlines()[0]}")
+            if ERROR in results:
+                yield f"- {name}, run {number}: {results[ERROR]['message'].splitlines()[0]}"
             for workload, figures in results.items():
-                if isinstance(figures, dict) and figures.get("failed"):
+                if figures.get("failed"):
                     reason = next(iter(figures["failures"]))
-                    lines.append(
-                        f"- {name}, round {number}, {_TITLES[workload]}: {figures['failed']} requests: {reason}"
-                    )
-    return lines
+                    yield f"- {name}, run {number}, {_TITLES[workload]}: {figures['failed']} requests: {reason}"
 
 
-def _probes(data: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
+def _probes(data: Mapping[str, Any]) -> Iterator[str]:
     for name, runs in data["probes"].items():
-        lines += [f"## {name}", ""]
-        for key in runs[0]:
-            shown = [f"{run[key]['value']:g}" for run in runs if isinstance(run.get(key), dict)]
-            unit = runs[0][key]["unit"] if isinstance(runs[0][key], dict) else runs[0][key]
-            lines.append(f"- {key}: {', '.join(shown)} {unit}")
-        lines.append("")
-    return lines
+        yield from (f"## {name}", "")
+        for key in dict.fromkeys(key for run in runs for key in run):
+            values = [run[key] for run in runs if key in run]
+            if key == ERROR:
+                yield f"- failed: {values[0]}"
+            else:
+                yield f"- {key}: {', '.join(format(value['value'], 'g') for value in values)} {values[0]['unit']}"
+        yield ""
 
 
 def _metric(name: str) -> str:
@@ -125,9 +185,11 @@ def _metric(name: str) -> str:
     return f"{metric.upper()} {kind}, {unit}"
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
+def _cell(value: float | None) -> str:
+    return "" if value is None else _number(value)
+
+
+def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 

@@ -29,6 +29,8 @@ class Peer:
     request_timeout: float = 600.0  # seconds
     start_timeout: float = 600.0
     prompts: float = 1.0  # times as many requests as others get
+    rounds: int | None = None  # at most; none: all
+    stays: bool = False  # up between its rounds: one whose start is long and that idles without work
     note: str = ""
 
     def server(self, port: int, cores: tuple[int, ...]) -> ServerCommand:
@@ -61,6 +63,7 @@ class Probe:
 class Peers:
     servers: tuple[Peer, ...]  # ours first
     probes: tuple[Probe, ...] = ()
+    note: str = ""  # what holds for all
 
 
 def read_peers(path: Path) -> Peers:
@@ -69,14 +72,15 @@ def read_peers(path: Path) -> Peers:
         data = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    if unknown := set(data) - {"server", "probe"}:
+    if unknown := set(data) - {"server", "probe", "note"}:
         raise ConfigError(f"{path}: unknown table {', '.join(sorted(unknown))}")
     servers = tuple(_build(Peer, path, table) for table in data.get("server", ()))
     if not servers:
         raise ConfigError(f"{path} names no server")
     if len({server.name for server in servers}) != len(servers):
         raise ConfigError(f"{path}: two servers of one name")
-    return Peers(servers, tuple(_build(Probe, path, table) for table in data.get("probe", ())))
+    probes = tuple(_build(Probe, path, table) for table in data.get("probe", ()))
+    return Peers(servers, probes, str(data.get("note", "")))
 
 
 def _build(kind: Any, path: Path, table: Mapping[str, Any]) -> Any:

@@ -63,17 +63,32 @@ def _draw_itl(pyplot: Any, data: Mapping[str, Any]) -> Any:
 
 
 def _draw_goodput(pyplot: Any, data: Mapping[str, Any]) -> Any:
-    results = _last(data, "goodput")
-    if not results:
+    """Every window of every round: a dot; an arrow where the window was ended early, so that it is the most."""
+    tried = {
+        name: sorted((step for run in runs for step in run.get("goodput", {}).get("tried", ())), key=_rate)
+        for name, runs in data["runs"].items()
+    }
+    if not any(tried.values()):
         return None
     figure, axis = pyplot.subplots(figsize=(7, 4))
-    for name, figures in results.items():
-        rates = [float(rate) for rate in figures["attainment"]]
-        axis.plot(rates, list(figures["attainment"].values()), marker="o", markersize=4, label=name)
+    for color, (name, steps) in enumerate((name, steps) for name, steps in tried.items() if steps):
+        for ended, marker in ((False, "o"), (True, "v")):
+            some = [step for step in steps if step["ended_early"] is ended]
+            label = None if ended and len(some) < len(steps) else name
+            shown = [step["attainment"] for step in some]
+            axis.plot([_rate(step) for step in some], shown, marker, color=f"C{color}", markersize=5, label=label)
     axis.axhline(GOODPUT_ATTAINMENT, color="0.6", linewidth=1, linestyle="--")
-    axis.set_xlabel("requests a second (Poisson)")
+    axis.set_xlabel("requests a second (Poisson); a triangle: ended early, the most it could have been")
     limits = " and ".join(f"{metric.upper()} ≤ {limit:g} ms" for metric, limit in GOODPUT_SLO.limits.items())
-    axis.set_ylabel(f"part with {limits}")
+    axis.set_ylabel(f"part with {limits}", fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xticks(sorted({_rate(step) for steps in tried.values() for step in steps}))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     axis.set_ylim(0, 1.03)
     axis.legend(fontsize=8)
     return figure
+
+
+def _rate(step: Mapping[str, Any]) -> float:
+    return float(step["rate"])

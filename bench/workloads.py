@@ -14,7 +14,10 @@ from bench.metrics import Slo
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A load on a server. ``long``: prompts that fall among the others, ``long_share`` of all."""
+    """A load on a server. ``long``: prompts that fall among the others, ``long_share`` of all.
+
+    ``once``: shown as a picture, not as a figure, so only the last round has it.
+    """
 
     name: str
     lengths: Lengths
@@ -23,6 +26,7 @@ class Workload:
     concurrency: int | None = None
     long: Lengths | None = None
     long_share: float = 0.0
+    once: bool = False
 
     @property
     def title(self) -> str:
@@ -41,11 +45,11 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Our figure, divided by the peer's, is to be at most (or at least) ``ratio``."""
+    """Our figure, divided by the peer's, is to be at most (or at least) ``ratio``; without a peer, itself."""
 
     workload: str
     metric: str
-    peer: str
+    peer: str | None
     ratio: float
     at_least: bool = False
 
@@ -56,23 +60,26 @@ class Target:
 SHORT, MIDDLE, LONG = Lengths(128, 64), Lengths(512, 64), Lengths(1024, 128)
 
 WORKLOADS = (
-    Workload("single", SHORT, 20, concurrency=1),
-    Workload("decode-16", Lengths(32, 128), 64, concurrency=16),
-    Workload("prefill", Lengths(1024, 1), 15, concurrency=1),
-    Workload("closed-8", MIDDLE, 60, concurrency=8),
-    Workload("poisson-1", MIDDLE, 80, rate=1.0),
-    Workload("poisson-long", LONG, 40, rate=0.5),
-    Workload("mix", Lengths(64, 128), 60, rate=1.0, long=Lengths(1536, 16), long_share=0.2),
+    Workload("single", SHORT, 10, concurrency=1),
+    Workload("decode-16", Lengths(32, 128), 48, concurrency=16),
+    Workload("prefill", Lengths(1024, 1), 10, concurrency=1),
+    Workload("closed-8", MIDDLE, 40, concurrency=8),
+    Workload("poisson-1", MIDDLE, 50, rate=1.0),
+    Workload("poisson-long", LONG, 25, rate=0.5),
+    Workload("mix", Lengths(64, 128), 30, rate=1.0, long=Lengths(1536, 16), long_share=0.2, once=True),
 )
 
 GOODPUT_LENGTHS = MIDDLE
 GOODPUT_SLO = Slo({"ttft": 2500.0, "tpot": 60.0})
 GOODPUT_ATTAINMENT = 0.9
-GOODPUT_RATES = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)  # a second
-GOODPUT_SECONDS = 60.0  # of arrivals at each rate, at least 30 requests
+GOODPUT_RATES = tuple(round(2 ** (step / 4), 2) for step in range(-8, 13))  # 0.25 to 8 a second, 19 % apart
+GOODPUT_FIRST = 8  # the rate of 1 a second is tried first
+GOODPUT_SECONDS = 30.0  # of arrivals at each rate
+GOODPUT_LEAST = 20  # requests at each rate
 
-# Further names of workloads that need no load generator.
-OTHERS = ("goodput", "idle", "start")
+# By name, in the order of measuring; start and idle need no load, goodput is many.
+ORDER = ("start", "idle", *(workload.name for workload in WORKLOADS), "goodput")
+ONCE = frozenset(workload.name for workload in WORKLOADS if workload.once)
 
 TARGETS = (
     Target("single", "mean_tpot_ms", "vLLM", 0.55),
@@ -85,7 +92,9 @@ TARGETS = (
     Target("poisson-1", "p99_tpot_ms", "vLLM", 1 / 3),
     Target("poisson-long", "p99_itl_ms", "vLLM", 1 / 40),
     Target("goodput", "rate", "vLLM", 3.0, at_least=True),
+    Target("idle", "cpu_fraction", None, 0.05),
     Target("start", "seconds", "vLLM", 1 / 10),
+    Target("start", "seconds", None, 8.0),
 )
 
 # What the table shows of each workload, next to what the targets name.

@@ -79,6 +79,12 @@ async def test_an_open_loop_does_not_wait_for_answers(serve_echo: ServeEcho) -> 
     assert all(record.sent >= record.scheduled for record in result.records)
 
 
+async def test_enough_ends_a_run_and_calls_off_what_is_running(serve_echo: ServeEcho) -> None:
+    async with serve_echo(EchoConfig(first_delay=0.05)) as url:
+        result = await run_load(client(url), prompts(20), [0.0] * 20, 2, lambda record: True)
+    assert 1 <= len(result.records) <= 2
+
+
 async def test_a_conversation_carries_its_history(serve_echo: ServeEcho) -> None:
     chats = multi_turn(Tokens(np.random.default_rng(), 30_000), 3, Lengths(10, 4), turns=3, system=5, think=0.0)
     async with serve_echo(EchoConfig()) as url:
