@@ -42,6 +42,7 @@ class ModelConfig:
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    window: int | None = None  # tokens that a row attends to, its own included; None: all
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)  # temperature, top_p, top_k, …
@@ -61,10 +62,11 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
     theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
     attention_bias = bool(config.get("attention_bias", False))
     max_position = int(config["max_position_embeddings"])
-    window = config.get("sliding_window")
-    uses_window = config.get("use_sliding_window", architecture == "MistralForCausalLM")
-    if window and uses_window:
-        max_position = min(max_position, int(window))  # within the window, sliding attention is full attention
+    window = int(config.get("sliding_window") or 0) or None
+    if architecture != "MistralForCausalLM":
+        if window and config.get("use_sliding_window"):  # in some layers only: within it, all attention is full
+            max_position = min(max_position, window)
+        window = None
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return ModelConfig(
         architecture=architecture,
@@ -83,6 +85,7 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         output_bias=attention_bias and architecture != "Qwen2ForCausalLM",
         mlp_bias=bool(config.get("mlp_bias", False)),
         qk_norm=qk_norm,
+        window=window,
         rope_scaling=rope,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
         generation_defaults=_sampling_defaults(generation),

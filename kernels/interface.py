@@ -57,6 +57,17 @@ class AttentionShape:
     kv_dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class KvScales:
+    """Of a pool in float8 (e4m3fn): K and V are what is stored, times these. Pools of other types have none."""
+
+    k: float = 1.0
+    v: float = 1.0
+
+
+UNSCALED = KvScales()
+
+
 class Linear(Protocol):
     """A linear layer whose weight was packed for the backend once."""
 
@@ -103,19 +114,26 @@ class Kernels(Protocol):
         ...
 
     def rope_kv_write(
-        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch
-    ) -> None:
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch,
+        kv_scales: KvScales = UNSCALED,
+    ) -> None:  # fmt: skip
         """Rotates ``q`` and ``k`` in place (halves, as GPT-NeoX) and writes ``k`` and ``v`` to the rows' slots.
 
         ``q [T, Hq, D]``, ``k, v [T, Hkv, D]``: views of one qkv row, strided in the first dimension.
-        ``cos_sin [positions, D]`` float32, cosines in the first half. ``kv [blocks, Hkv, L, 2, B, D]``.
+        ``cos_sin [positions, D]`` float32, cosines in the first half. ``kv [blocks, Hkv, L, 2, B, D]``; what is
+        too large for a float8 pool becomes its largest value.
         https://arxiv.org/abs/2104.09864"""
         ...
 
-    def paged_attention(self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
+    def paged_attention(
+        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float, *,
+        window: int | None = None, soft_cap: float | None = None, kv_scales: KvScales = UNSCALED,
+    ) -> Tensor:  # fmt: skip
         """Causal attention of ``q [T, Hq, D]`` over the sequences' blocks -> ``[T, Hq * D]`` contiguous.
 
-        Query head ``h`` reads KV head ``h // (Hq // Hkv)``. ``kv [blocks, Hkv, L, 2, B, D]``, K at index 0."""
+        Query head ``h`` reads KV head ``h // (Hq // Hkv)``. ``kv [blocks, Hkv, L, 2, B, D]``, K at index 0, in
+        q's dtype or float8. ``window``: a row sees so many tokens, its own included. ``soft_cap``: scores are
+        ``soft_cap * tanh(score / soft_cap)``."""
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.interface import AttentionBatch, AttentionShape, Linear, SampleParams
+from kernels.interface import UNSCALED, AttentionBatch, AttentionShape, KvScales, Linear, SampleParams
 
 
 class TorchLinear:
@@ -89,20 +89,29 @@ class ReferenceKernels:
         return self.rms_norm(residual, weight, eps)
 
     def rope_kv_write(
-        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch
-    ) -> None:
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch,
+        kv_scales: KvScales = UNSCALED,
+    ) -> None:  # fmt: skip
         cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D / 2] each
         for x in (q, k):
             first, second = x.float().chunk(2, dim=-1)
             x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
         block_tokens = kv.shape[4]
         blocks, offsets = batch.slots // block_tokens, batch.slots % block_tokens
+        if kv.dtype is torch.float8_e4m3fn:
+            k, v = _to_float8(k, kv_scales.k), _to_float8(v, kv_scales.v)
+            kv = kv.view(torch.uint8)  # not every device indexes float8
         kv[blocks, :, layer, 0, offsets] = k
         kv[blocks, :, layer, 1, offsets] = v
 
-    def paged_attention(self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
+    def paged_attention(
+        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float, *,
+        window: int | None = None, soft_cap: float | None = None, kv_scales: KvScales = UNSCALED,
+    ) -> Tensor:  # fmt: skip
         num_rows, num_heads, head_dim = q.shape
-        num_kv_heads, block_tokens = kv.shape[1], kv.shape[4]
+        num_kv_heads, block_tokens, float8 = kv.shape[1], kv.shape[4], kv.dtype is torch.float8_e4m3fn
+        if float8:
+            kv = kv.view(torch.uint8)
         out = torch.empty(num_rows, num_heads, head_dim, dtype=q.dtype, device=q.device)
         starts = batch.query_start.tolist()
         contexts = batch.context_lens.tolist()
@@ -111,11 +120,18 @@ class ReferenceKernels:
             table = batch.block_tables[s, : -(-context // block_tokens)]
             tiles = kv[table, :, layer]  # [blocks, Hkv, 2, B, D]
             tiles = tiles.permute(2, 1, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, :context]
-            queries = rows.stop - rows.start
+            if float8:
+                scales = torch.tensor([kv_scales.k, kv_scales.v], device=q.device).view(2, 1, 1, 1)
+                tiles = (tiles.view(torch.float8_e4m3fn).float() * scales).to(q.dtype)
             mask = None
-            if queries > 1:
-                row_positions = batch.positions[rows].unsqueeze(1)
-                mask = torch.arange(context, device=q.device).unsqueeze(0) <= row_positions
+            if rows.stop - rows.start > 1 or window is not None:
+                row_positions, tokens = batch.positions[rows].unsqueeze(1), torch.arange(context, device=q.device)
+                mask = tokens <= row_positions
+                if window is not None:
+                    mask &= tokens > row_positions - window
+            if soft_cap is not None:
+                out[rows] = _capped_attention(q[rows], tiles, mask, scale, soft_cap)
+                continue
             attended = F.scaled_dot_product_attention(
                 q[rows].transpose(0, 1).unsqueeze(0),  # [1, Hq, rows, D]
                 tiles[0].unsqueeze(0),
@@ -140,6 +156,21 @@ class ReferenceKernels:
         targets = params.uniform.unsqueeze(1) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
         return torch.where(greedy, logits.argmax(dim=-1), drawn.clamp(max=logits.shape[1] - 1))
+
+
+def _to_float8(x: Tensor, scale: float) -> Tensor:
+    """The bytes of ``x / scale``."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _capped_attention(q: Tensor, tiles: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
+    """``q [rows, Hq, D]``, ``tiles [2, Hkv, tokens, D]``, ``mask [rows, tokens]`` -> ``[rows, Hq, D]``."""
+    keys, values = tiles.float().repeat_interleave(q.shape[1] // tiles.shape[1], dim=1)
+    scores = soft_cap * torch.tanh(torch.einsum("rhd,htd->hrt", q.float(), keys) * (scale / soft_cap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("hrt,htd->rhd", scores.softmax(-1), values).to(q.dtype)
 
 
 def _floor(values: Tensor, params: SampleParams) -> Tensor:

@@ -59,6 +59,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
     ),
     "llama-bias": LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**_SHAPE, sliding_window=None),
+    "mistral-window": MistralConfig(**_SHAPE, sliding_window=40),
     "qwen2": Qwen2Config(**_SHAPE),
     "qwen3": Qwen3Config(**_SHAPE, head_dim=32),
     "qwen3-yarn": Qwen3Config(**_SHAPE, head_dim=16, rope_parameters=_YARN_ROPE),

@@ -46,6 +46,7 @@ class LlamaModel:
         """``quantization``: of the weights of linear layers; embeddings and norms are never rounded."""
         self.config = config = files.config
         self._kernels = kernels
+        self._window = config.window if config.window is not None and config.window < max_len else None
         linears = Linears(files, kernels, dtype, device, quantization)
         self._embedding = linears.tensor("model.embed_tokens.weight")
         self._layers = [_load_layer(config, linears, i) for i in range(config.num_layers)]
@@ -67,7 +68,7 @@ class LlamaModel:
                 q = kernels.rms_norm(q, layer.q_norm, eps)
                 k = kernels.rms_norm(k, layer.k_norm, eps)
             kernels.rope_kv_write(q, k, v, self._cos_sin, kv, i, batch)
-            attended = kernels.paged_attention(q, kv, i, batch, scale)
+            attended = kernels.paged_attention(q, kv, i, batch, scale, window=self._window)
             hidden = kernels.add_rms_norm(layer.output(attended), residual, layer.mlp_norm, eps)
             mlp = layer.down(layer.gate_up(hidden))
             following = self._layers[i + 1].input_norm if i + 1 < len(self._layers) else self._norm

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.cpu import linear
 from kernels.cpu.build import library, runnable_isas
 from kernels.cpu.library import Batch, Functions, KvPool, Library
-from kernels.interface import AttentionBatch, AttentionShape, Linear, SampleParams
+from kernels.interface import UNSCALED, AttentionBatch, AttentionShape, KvScales, Linear, SampleParams
 from kernels.reference import GateUp, ReferenceKernels
 
 MAX_HEAD_DIM = 256
@@ -119,13 +119,14 @@ class CpuKernels:
         return out
 
     def rope_kv_write(
-        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch
-    ) -> None:
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch,
+        kv_scales: KvScales = UNSCALED,
+    ) -> None:  # fmt: skip
         pool = self._bind_pool(kv)
         head_dim = q.shape[2]
         functions = self._covering(q, kv)
         if functions is None or not (pool.covered and _packed_heads(q, k, v) and cos_sin.is_contiguous()):
-            return self._reference.rope_kv_write(q, k, v, cos_sin, kv, layer, batch)
+            return self._reference.rope_kv_write(q, k, v, cos_sin, kv, layer, batch, kv_scales)
         assert cos_sin.dtype is torch.float32 and cos_sin.shape[1] == head_dim
         functions.rope_kv_write(
             self._pool, q.data_ptr(), q.stride(0), q.shape[1], k.data_ptr(), k.stride(0), v.data_ptr(),
@@ -133,11 +134,17 @@ class CpuKernels:
         )  # fmt: skip
         return None
 
-    def paged_attention(self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
+    def paged_attention(
+        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float, *,
+        window: int | None = None, soft_cap: float | None = None, kv_scales: KvScales = UNSCALED,
+    ) -> Tensor:  # fmt: skip
         pool = self._bind_pool(kv)
         functions = self._covering(q, kv)
-        if functions is None or not (pool.covered and _packed_heads(q)):
-            return self._reference.paged_attention(q, kv, layer, batch, scale)
+        full = soft_cap is None and (window is None or window >= batch.max_context)
+        if functions is None or not (full and pool.covered and _packed_heads(q)):
+            return self._reference.paged_attention(
+                q, kv, layer, batch, scale, window=window, soft_cap=soft_cap, kv_scales=kv_scales
+            )
         rows, heads, head_dim = q.shape
         native = self._bind_batch(batch)
         out = q.new_empty((rows, heads * head_dim))

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.interface import AttentionBatch, AttentionShape, SampleParams
+from kernels.interface import UNSCALED, AttentionBatch, AttentionShape, KvScales, SampleParams
 from kernels.reference import ReferenceKernels
 from kernels.triton import decode, prefill, rope, rows, sampling
 from kernels.triton.tuning import INTERPRETER, Device, Shape, Tuning
@@ -63,11 +63,15 @@ class TritonKernels(ReferenceKernels):
         return sampling.sample(logits, params)
 
     def rope_kv_write(
-        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch
-    ) -> None:
-        rope.rope_kv_write(q, k, v, cos_sin, kv, layer, batch.positions, batch.slots)
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, batch: AttentionBatch,
+        kv_scales: KvScales = UNSCALED,
+    ) -> None:  # fmt: skip
+        rope.rope_kv_write(q, k, v, cos_sin, kv, layer, batch.positions, batch.slots, kv_scales)
 
-    def paged_attention(self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
+    def paged_attention(
+        self, q: Tensor, kv: Tensor, layer: int, batch: AttentionBatch, scale: float, *,
+        window: int | None = None, soft_cap: float | None = None, kv_scales: KvScales = UNSCALED,
+    ) -> Tensor:  # fmt: skip
         num_rows, heads, head_dim = q.shape
         shape = Shape(head_dim, heads // kv.shape[1], kv.shape[4], _name(q.dtype), _name(kv.dtype))
         out = torch.empty((num_rows, heads * head_dim), dtype=q.dtype, device=q.device)
@@ -75,11 +79,14 @@ class TritonKernels(ReferenceKernels):
         if singles > 0:
             cut = self.tuning.decode(shape)
             programs = cut.programs * self.tuning.device.multiprocessors
-            decode.decode(q, kv, layer, tables[:singles], contexts[:singles], scale, out, cut, programs)
+            decode.decode(
+                q, kv, layer, tables[:singles], contexts[:singles], scale, out, cut, programs,
+                window, soft_cap, kv_scales,
+            )  # fmt: skip
         if singles < contexts.shape[0]:
             prefill.prefill(
                 q, kv, layer, tables[singles:], batch.query_start[singles:], contexts[singles:], scale, out,
-                num_rows - singles, self.tuning.prefill(shape),
+                num_rows - singles, self.tuning.prefill(shape), window, soft_cap, kv_scales,
             )  # fmt: skip
         return out
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.interface import UNSCALED, KvScales
 from kernels.triton.softmax import attend
 from kernels.triton.tuning import Cut
 
@@ -95,7 +96,7 @@ def _decode_kernel(
 def _combine_kernel(
     out_ptr, out_row,
     contexts_ptr, num_sequences, programs,
-    acc_ptr, top_ptr, total_ptr,
+    acc_ptr, top_ptr, total_ptr, v_scale,
     SEQUENCES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +132,7 @@ def _combine_kernel(
         total = total * fade + tl.sum(weights * tl.load(total_ptr + partial, mask=met, other=0.0), 0)
         acc = acc * fade + tl.sum(weights[:, None] * values, 0)
         top = new_top
-    result = acc / tl.where(total > 0.0, total, 1.0)  # a sequence without tokens gives zeros
+    result = acc * v_scale / tl.where(total > 0.0, total, 1.0)  # a sequence without tokens gives zeros
     out = out_ptr + sequence.to(tl.int64) * out_row + query_head * HEAD_DIM + dims
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
@@ -148,6 +149,7 @@ def decode(
     programs: int,
     window: int | None = None,
     soft_cap: float | None = None,
+    kv_scales: KvScales = UNSCALED,
 ) -> None:
     """The first S rows of ``q [T, Hq, D]`` are those of the S tables and contexts; so many of ``out [T, Hq * D]``
     are filled.
@@ -162,6 +164,7 @@ def decode(
     acc = torch.empty((partials, group, head_dim), dtype=torch.float32, device=q.device)
     top, total = torch.empty((2, partials, group), dtype=torch.float32, device=q.device)
     strides = kv.stride()
+    scale *= kv_scales.k
     _decode_kernel[(programs,)](
         q, q.stride(0), q.stride(1),
         kv[:, :, layer], strides[0], strides[1], strides[3], strides[4],
@@ -174,7 +177,7 @@ def decode(
         num_warps=cut.warps,
     )  # fmt: skip
     _combine_kernel[(sequences, heads)](
-        out, out.stride(0), context_lens, sequences, programs, acc, top, total,
+        out, out.stride(0), context_lens, sequences, programs, acc, top, total, kv_scales.v,
         SEQUENCES=padded, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, DIM=dim,
         TOKENS=cut.tokens, WINDOW=window, PARTIALS=16, num_warps=2,
     )  # fmt: skip

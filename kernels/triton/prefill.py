@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.interface import UNSCALED, KvScales
 from kernels.triton.softmax import attend
 from kernels.triton.tuning import Cut
 
@@ -23,7 +24,7 @@ def _prefill_kernel(
     kv_ptr, kv_block, kv_head, kv_value, kv_token,
     tables_ptr, table_row, starts_ptr, contexts_ptr, num_sequences,
     out_ptr, out_row,
-    scale,
+    scale, v_scale,
     SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
@@ -75,7 +76,7 @@ def _prefill_kernel(
         scale, BLOCK_TOKENS, HEAD_DIM, DIM, TOKENS, WINDOW, SOFT_CAP, True, WIDE, STAGES,
     )  # fmt: skip
     out = out_ptr + (row * out_row + heads * HEAD_DIM)[:, None] + dims[None, :]
-    tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out, (acc * v_scale / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def prefill(
@@ -91,6 +92,7 @@ def prefill(
     cut: Cut,
     window: int | None = None,
     soft_cap: float | None = None,
+    kv_scales: KvScales = UNSCALED,
 ) -> None:
     """``q [T, Hq, D]``; S tables and contexts, ``query_start [S + 1]`` into q and ``out [T, Hq * D]``, which is
     filled there: ``num_rows`` rows in all. ``kv [blocks, Hkv, L, 2, B, D]``."""
@@ -98,12 +100,13 @@ def prefill(
     kv_heads, block_tokens = kv.shape[1], kv.shape[4]
     group, sequences = heads // kv_heads, context_lens.shape[0]
     strides = kv.stride()
+    scale *= kv_scales.k
     tiles = num_rows // (cut.rows // group) + sequences  # never fewer than there are
     _prefill_kernel[(tiles, kv_heads)](
         q, q.stride(0), q.stride(1),
         kv[:, :, layer], strides[0], strides[1], strides[3], strides[4],
         block_tables, block_tables.stride(0), query_start, context_lens, sequences,
-        out, out.stride(0), scale if soft_cap is not None else scale * 1.4426950408889634,
+        out, out.stride(0), scale if soft_cap is not None else scale * 1.4426950408889634, kv_scales.v,
         SEQUENCES=triton.next_power_of_2(sequences), GROUP=group, ROWS=cut.rows,
         BLOCK_TOKENS=block_tokens, HEAD_DIM=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)),
         TOKENS=cut.tokens, WINDOW=window, SOFT_CAP=soft_cap,

@@ -11,14 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.interface import UNSCALED, KvScales
+
 HEADS = 4  # of one row, by one program
 
 
 @triton.jit
-def _to_pool(x, kv_ptr):
+def _to_pool(x, inverse_scale, kv_ptr):
     """In the pool's type; float8 has no infinity, so what is too large becomes its largest value."""
     if kv_ptr.dtype.element_ty == tl.float8e4nv:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+        x = tl.minimum(tl.maximum(x.to(tl.float32) * inverse_scale, -448.0), 448.0)
     return x.to(kv_ptr.dtype.element_ty)
 
 
@@ -26,7 +28,7 @@ def _to_pool(x, kv_ptr):
 def _rope_kernel(
     q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head,
     cos_sin_ptr, cos_sin_row, positions_ptr, slots_ptr,
-    kv_ptr, kv_block, kv_head, kv_value, kv_token,
+    kv_ptr, kv_block, kv_head, kv_value, kv_token, k_inverse, v_inverse,
     QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, HALF_DIM: tl.constexpr,
     HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -55,17 +57,19 @@ def _rope_kernel(
         slot = tl.load(slots_ptr + row)
         target = kv_ptr + (slot // BLOCK_TOKENS) * kv_block + (slot % BLOCK_TOKENS) * kv_token
         target += heads[:, None] * kv_head + dims[None, :]
-        tl.store(target, _to_pool(first, kv_ptr), mask=inside)
-        tl.store(target + HALF_DIM, _to_pool(second, kv_ptr), mask=inside)
+        tl.store(target, _to_pool(first, k_inverse, kv_ptr), mask=inside)
+        tl.store(target + HALF_DIM, _to_pool(second, k_inverse, kv_ptr), mask=inside)
         v_ptrs = v_ptr + row * v_row + heads[:, None] * v_head + dims[None, :]
         target += kv_value
-        tl.store(target, _to_pool(tl.load(v_ptrs, mask=inside), kv_ptr), mask=inside)
-        tl.store(target + HALF_DIM, _to_pool(tl.load(v_ptrs + HALF_DIM, mask=inside), kv_ptr), mask=inside)
+        tl.store(target, _to_pool(tl.load(v_ptrs, mask=inside), v_inverse, kv_ptr), mask=inside)
+        rest = tl.load(v_ptrs + HALF_DIM, mask=inside)
+        tl.store(target + HALF_DIM, _to_pool(rest, v_inverse, kv_ptr), mask=inside)
 
 
 def rope_kv_write(
-    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, positions: Tensor, slots: Tensor
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, layer: int, positions: Tensor, slots: Tensor,
+    kv_scales: KvScales = UNSCALED,
+) -> None:  # fmt: skip
     """``q [T, Hq, D]``, ``k, v [T, Hkv, D]``, heads dense; ``cos_sin [positions, D]`` float32; ``positions, slots
     [T]`` int64; ``kv [blocks, Hkv, L, 2, B, D]``."""
     rows, heads, head_dim = q.shape
@@ -77,7 +81,7 @@ def rope_kv_write(
         _rope_kernel[(rows, triton.cdiv(heads, HEADS) + triton.cdiv(kv_heads, HEADS))](
             q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1),
             cos_sin, cos_sin.stride(0), positions, slots,
-            kv[:, :, layer], strides[0], strides[1], strides[3], strides[4],
+            kv[:, :, layer], strides[0], strides[1], strides[3], strides[4], 1 / kv_scales.k, 1 / kv_scales.v,
             QUERY_HEADS=heads, KV_HEADS=kv_heads, BLOCK_TOKENS=kv.shape[4], HALF_DIM=head_dim // 2,
             HALF=triton.next_power_of_2(head_dim // 2), HEADS=HEADS, num_warps=1 if head_dim <= 64 else 2,
         )  # fmt: skip

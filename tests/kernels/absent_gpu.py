@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kernels import SampleParams
+from kernels.triton import transfer
 from kernels.triton.backend import TritonKernels
 from kernels.triton.tuning import Device, Tuning
 from tests.kernels.cases import LAYER, paged_case
@@ -60,6 +61,12 @@ def main(arch: int) -> None:
         case = paged_case([(1, 30), (1, 40), (20, 50)], head_dim=head_dim, group=group, dtype=dtype)
         kernels.paged_attention(case.q, case.kv, LAYER, case.batch, case.scale)
         kernels.rope_kv_write(case.q, case.k, case.v, torch.ones(64, head_dim), case.kv, LAYER, case.batch)
+    case = paged_case(
+        [(1, 30), (20, 50)], head_dim=128, group=4, dtype=torch.bfloat16,
+        kv_dtype=torch.float8_e4m3fn if arch >= 89 else None,
+    )  # fmt: skip
+    kernels.paged_attention(case.q, case.kv, LAYER, case.batch, case.scale, window=32, soft_cap=20.0)
+    kernels.rope_kv_write(case.q, case.k, case.v, torch.ones(64, 128), case.kv, LAYER, case.batch)
     x = torch.ones(64, 4096, dtype=torch.bfloat16)
     kernels.rms_norm(x, x[0], 1e-5)
     kernels.add_rms_norm(x, x.clone(), x[0], 1e-5)
@@ -67,6 +74,10 @@ def main(arch: int) -> None:
     row = torch.ones(4)
     params = SampleParams(row, row.int(), row, row, row.double())
     kernels.sample(torch.ones(4, 128_256), params)
+    pool, blocks = torch.zeros(8, 65_536, dtype=torch.int32), torch.arange(3)
+    transfer.gather(pool, blocks, 0, torch.zeros(3, 65_536, dtype=torch.int32))
+    transfer.scatter(pool, blocks, 0, torch.zeros(3, 65_536, dtype=torch.int32))
+    transfer.checksums(pool, blocks, 0, 65_536)
     for metadata in gpu.launched:
         print(json.dumps({"kernel": metadata.name, "shared": metadata.shared, "warps": metadata.num_warps}))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import AttentionBatch, pool_shape
+from kernels.interface import UNSCALED, KvScales
 
 LAYERS = 2
 LAYER = 1  # the one that the tests use
@@ -34,15 +35,18 @@ def paged_case(
     head_dim: int = 64,
     block_tokens: int = 16,
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> PagedCase:
-    """Blocks in random order, in a pool with a few more blocks than needed."""
+    """Blocks in random order, in a pool with a few more blocks than needed. ``kv_dtype``: by default ``dtype``."""
     generator = torch.Generator().manual_seed(seed)
     needed = [-(-context // block_tokens) for _, context in sequences]
     num_blocks = sum(needed) + 3
     order = torch.randperm(num_blocks, generator=generator).tolist()
     tables = torch.full((len(sequences), max(needed) + 1), order[-1], dtype=torch.int32)
-    kv = torch.full(pool_shape(num_blocks, kv_heads, LAYERS, block_tokens, head_dim), torch.nan, dtype=dtype)
+    kv = torch.full(pool_shape(num_blocks, kv_heads, LAYERS, block_tokens, head_dim), torch.nan).to(
+        kv_dtype or dtype
+    )
     positions: list[int] = []
     slots: list[int] = []
     for s, (rows, context) in enumerate(sequences):
@@ -51,7 +55,7 @@ def paged_case(
         for i, block in enumerate(blocks):
             held = min(block_tokens, context - i * block_tokens)
             values = torch.randn(kv_heads, LAYERS, 2, held, head_dim, generator=generator)
-            kv[block, :, :, :, :held] = values.to(dtype)
+            kv[block, :, :, :, :held] = values.to(kv_dtype or dtype)
         positions += range(context - rows, context)
         slots += [
             blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(context - rows, context)
@@ -81,7 +85,12 @@ def paged_case(
     )
 
 
-def exact_attention(case: PagedCase) -> Tensor:
+def exact_attention(
+    case: PagedCase,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    kv_scales: KvScales = UNSCALED,
+) -> Tensor:
     """``[T, Hq * D]`` float64, a row at a time."""
     batch, kv = case.batch, case.kv
     block_tokens, group = kv.shape[4], case.q.shape[1] // kv.shape[1]
@@ -91,9 +100,12 @@ def exact_attention(case: PagedCase) -> Tensor:
         tiles = kv[table, :, LAYER].double().permute(2, 1, 0, 3, 4).flatten(2, 3)  # [2, Hkv, tokens, D]
         keys, values = tiles.repeat_interleave(group, dim=1)
         for row in range(int(batch.query_start[s]), int(batch.query_start[s + 1])):
-            seen = int(batch.positions[row]) + 1
-            scores = torch.einsum("hd,htd->ht", case.q[row].double(), keys[:, :seen]) * case.scale
-            out[row] = torch.einsum("ht,htd->hd", scores.softmax(-1), values[:, :seen])
+            stop = int(batch.positions[row]) + 1
+            seen = slice(0 if window is None else max(0, stop - window), stop)
+            scores = torch.einsum("hd,htd->ht", case.q[row].double(), keys[:, seen] * kv_scales.k) * case.scale
+            if soft_cap is not None:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
+            out[row] = torch.einsum("ht,htd->hd", scores.softmax(-1), values[:, seen] * kv_scales.v)
     return out.flatten(1)
 
 

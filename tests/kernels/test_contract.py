@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import Kernels, ReferenceKernels, SampleParams
 from kernels.cpu.backend import CpuKernels
 from kernels.cpu.build import BuildError, runnable_isas
+from kernels.interface import KvScales
 from kernels.triton.backend import TritonKernels
 from tests.kernels.cases import LAYER, PagedCase, exact_attention, exact_rms_norm, exact_rope, paged_case
 
@@ -241,6 +242,42 @@ def test_attention_with_scores_far_apart_does_not_overflow(kernels: Kernels, dty
     case.q.mul_(60)
     got = kernels.paged_attention(case.q, case.kv, LAYER, case.batch, case.scale)
     torch.testing.assert_close(got.double(), exact_attention(case), rtol=2e-2, atol=3e-2)
+
+
+MIXED = [(1, 1), (1, 40), (1, 200), (2, 90), (35, 120)]
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, None), (33, None), (None, 2.0), (70, 0.5)])
+def test_attention_within_a_window_and_under_a_cap(
+    kernels: Kernels, dtype: torch.dtype, window: int | None, soft_cap: float | None
+) -> None:
+    case = paged_case(MIXED, dtype=dtype)
+    got = kernels.paged_attention(case.q, case.kv, LAYER, case.batch, case.scale, window=window, soft_cap=soft_cap)
+    assert_near(got, exact_attention(case, window, soft_cap), terms=4)
+
+
+@pytest.mark.parametrize(("group", "head_dim"), [(3, 64), (4, 80)])
+def test_attention_over_a_float8_pool(kernels: Kernels, dtype: torch.dtype, group: int, head_dim: int) -> None:
+    case = paged_case(MIXED, group=group, head_dim=head_dim, dtype=dtype, kv_dtype=torch.float8_e4m3fn)
+    scales = KvScales(0.5, 3.0)
+    got = kernels.paged_attention(case.q, case.kv, LAYER, case.batch, case.scale, kv_scales=scales)
+    assert_near(got, exact_attention(case, kv_scales=scales), terms=16)
+
+
+def test_rope_kv_write_fills_a_float8_pool(kernels: Kernels, dtype: torch.dtype) -> None:
+    case = paged_case([(1, 40), (19, 70)], dtype=dtype, kv_dtype=torch.float8_e4m3fn)
+    expected, scales = case.kv.clone().view(torch.uint8), KvScales(0.25, 8.0)
+    cos_sin = torch.cat((torch.ones(128, 32), torch.zeros(128, 32)), dim=1)
+    blocks, offsets = case.batch.slots // 16, case.batch.slots % 16
+    for i, (x, scale) in enumerate(((case.k, scales.k), (case.v, scales.v))):
+        # values that need no rounding: in Triton's interpreter it loses the carry
+        rounded = (torch.randn(x.shape).sign() * (1 + 4 * torch.rand(x.shape))).to(torch.float8_e4m3fn)
+        rounded[:, 0, 3] = -448.0
+        x.copy_(rounded.float() * scale)
+        x[:, 0, 3] *= 1e6  # more than the type holds
+        expected[blocks, :, LAYER, i, offsets] = rounded.view(torch.uint8)
+    kernels.rope_kv_write(case.q, case.k, case.v, cos_sin, case.kv, LAYER, case.batch, scales)
+    assert torch.equal(case.kv.view(torch.uint8), expected)
 
 
 sequences_strategy = st.lists(

@@ -1,4 +1,4 @@
-"""The Triton backend beyond the contract: what it refuses."""
+"""The Triton backend beyond the contract: what it refuses, and blocks on their way to another worker."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from kernels import AttentionShape, load_kernels
+from kernels.triton import transfer
 from kernels.triton.backend import TritonKernels
 from kernels.triton.tuning import INTERPRETER, Tuning
+from kvtransfer.checksums import checksum_words
 
 LLAMA = AttentionShape(32, 8, 128, 16, torch.bfloat16, torch.bfloat16)
 
@@ -40,3 +42,31 @@ def test_fp8_kv_needs_a_gpu_that_has_it() -> None:
 def test_kernels_of_the_cpu_are_refused_on_a_gpu() -> None:
     with pytest.raises(ValueError, match="run on the CPU, not on cuda:0"):
         load_kernels("cuda:0", "cpu")
+
+
+@pytest.mark.parametrize(("first_word", "words"), [(0, 5000), (100, 4500), (4999, 1), (8, 0)])
+def test_gathered_blocks_are_those_words_and_scatter_puts_them_back(first_word: int, words: int) -> None:
+    pool, blocks = torch.randint(-(2**31), 2**31 - 1, (7, 5000), dtype=torch.int32), torch.tensor([3, 0, 6])
+    staged = torch.full((3, words), -1, dtype=torch.int32)
+    transfer.gather(pool, blocks, first_word, staged)
+    expected = pool[blocks, first_word : first_word + words]
+    assert torch.equal(staged, expected)
+    other, there = torch.zeros_like(pool), torch.tensor([1, 5, 2])
+    transfer.scatter(other, there, first_word, staged)
+    assert torch.equal(other[there, first_word : first_word + words], expected)
+    assert int((other != 0).sum()) == int((expected != 0).sum())
+
+
+@pytest.mark.parametrize("words", [1, 2047, 4500])
+def test_checksums_on_the_device_are_those_of_the_host(words: int) -> None:
+    pool, blocks = torch.randint(-(2**31), 2**31 - 1, (4, 5000), dtype=torch.int32), torch.tensor([3, 1])
+    got = transfer.checksums(pool, blocks, 100, words)
+    expected = [checksum_words(pool[block, 100 : 100 + words].numpy().data) for block in (3, 1)]
+    assert [value % 2**32 for value in got.tolist()] == expected
+
+
+def test_a_checksum_notices_a_bit_and_a_swap() -> None:
+    pool = torch.arange(3000, dtype=torch.int32).repeat(3, 1)
+    pool[1, 1234] ^= 1 << 30
+    pool[2, 10], pool[2, 11] = 11, 10
+    assert len(set(transfer.checksums(pool, torch.arange(3), 0, 3000).tolist())) == 3

@@ -27,5 +27,6 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
     launched = [json.loads(line) for line in done.stdout.splitlines()]
     assert {launch["kernel"].strip("_").removesuffix("_kernel") for launch in launched} == {
         "decode", "combine", "prefill", "rope", "rms_norm", "add_rms_norm", "silu_mul", "sample",
+        "move", "checksum",
     }  # fmt: skip
     assert max(launch["shared"] for launch in launched) <= SHARED_BYTES[arch]
