@@ -16,6 +16,7 @@ from router.legs import Channels
 from router.orchestrator import Orchestrator
 from router.planner import Planner
 from router.policy import PolicyConfig
+from router.renderer import ProcessRenderer
 from router.request_limit import RequestLimit
 from router.retry_budget import RetryBudget
 from router.snapshot import ClusterView
@@ -44,13 +45,18 @@ async def serve(config: RouterConfig) -> None:
     metrics = RouterMetrics(registry)
     channels = Channels(config.tls)
     keyring = Keyring(config.api_keys)
-    async with Directory(config.redis_url, tls=config.tls) as directory, ClusterView(directory) as view:
+    async with (
+        Directory(config.redis_url, tls=config.tls) as directory,
+        ClusterView(directory) as view,
+        ProcessRenderer() as renderer,
+    ):
         planner = Planner(directory, view, PolicyConfig(decode_only_tokens=config.decode_only_tokens))
         orchestrator = Orchestrator(planner, view, channels, metrics, config.max_retries, RetryBudget())
         backend = ClusterBackend(
             view, Catalog(channels), channels, orchestrator, RequestLimit(config.max_concurrent_requests)
         )
-        app = create_app(backend, HttpConfig(request_seconds=config.request_timeout), metrics, registry, keyring)
+        http_config = HttpConfig(request_seconds=config.request_timeout)
+        app = create_app(backend, http_config, metrics, registry, keyring, renderer)
         servicer = InferenceServicer(backend, metrics, keyring)
         grpc_server = GrpcServer(
             config.host,

@@ -20,6 +20,7 @@ from router.http.models import model_routes
 from router.http.service import GenerationService, HttpConfig
 from router.http.tokenize import tokenize_routes
 from router.observer import NullObserver, RequestObserver
+from router.renderer import InlineRenderer, Renderer
 from splitserve.api_keys import Keyring
 
 
@@ -29,6 +30,7 @@ def create_app(
     observer: RequestObserver | None = None,
     registry: CollectorRegistry | None = None,
     keyring: Keyring | None = None,
+    renderer: Renderer | None = None,
 ) -> FastAPI:
     """An ASGI application.
 
@@ -38,12 +40,13 @@ def create_app(
         observer: told about every answer, such as ``RouterMetrics``.
         registry: what ``/metrics`` shows.
         keyring: who may ask; without keys, everybody.
+        renderer: of chat templates; default: one for templates that are known to be harmless.
     """
     config = config or HttpConfig()
     app = FastAPI(title="SplitServe", version=version("splitserve"), strict_content_type=False, redoc_url=None)
     app.add_middleware(RequestGate, limits=config.limits, keyring=keyring or Keyring())
     install_error_handlers(app)
-    service = GenerationService(backend, config, observer or NullObserver())
+    service = GenerationService(backend, config, observer or NullObserver(), renderer or InlineRenderer())
     for routes in (
         chat_routes(service),
         completion_routes(service),

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request, Response
 from router.admission import Prompt, text_prompt
 from router.answers import Piece
 from router.backend import ModelSpec
+from router.http.conversation import conversation_text
 from router.http.routing import JsonRoute
 from router.http.schemas import ChatRequest
 from router.http.service import Exchange, GenerationService
@@ -38,7 +39,7 @@ def chat_routes(service: GenerationService) -> APIRouter:
         spec = await service.find_model(body.model)
         fields = _sampling_fields(body)
         async with within(deadline):
-            prompt = await _prompt(spec, body)
+            prompt = await _prompt(service, spec, body)
         exchange = service.exchange(
             request,
             body,
@@ -59,13 +60,8 @@ def chat_routes(service: GenerationService) -> APIRouter:
     return router
 
 
-async def _prompt(spec: ModelSpec, body: ChatRequest) -> Prompt:
-    if not body.messages:
-        raise InvalidRequest("messages must not be empty", "messages")
-    text = spec.tokenizer.apply_chat_template(
-        [message.for_template() for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt is not False,
-    )
+async def _prompt(service: GenerationService, spec: ModelSpec, body: ChatRequest) -> Prompt:
+    text = await conversation_text(service.renderer, spec, body.messages, body.add_generation_prompt)
     return await text_prompt(spec, text, add_special_tokens=False, field="messages")
 
 

@@ -20,6 +20,7 @@ from router.backend import Backend, GenerationRequest, ModelSpec
 from router.http.limits import RequestLimits, request_timeout
 from router.http.schemas import GenerationBody
 from router.observer import RequestObserver
+from router.renderer import Renderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,12 @@ class Exchange:
 class GenerationService:
     """Turns bodies into exchanges."""
 
-    def __init__(self, backend: Backend, config: HttpConfig, observer: RequestObserver) -> None:
+    def __init__(
+        self, backend: Backend, config: HttpConfig, observer: RequestObserver, renderer: Renderer
+    ) -> None:
         self.backend = backend
         self.config = config
+        self.renderer = renderer
         self._observer = observer
 
     async def find_model(self, name: str | None) -> ModelSpec:

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from router.admission import check_tokens
 from router.backend import ModelSpec
+from router.http.conversation import conversation_text
 from router.http.routing import JsonRoute
 from router.http.schemas import DetokenizeRequest, TokenizeRequest
 from router.http.service import GenerationService
@@ -23,7 +24,7 @@ def tokenize_routes(service: GenerationService) -> APIRouter:
     @router.post("/tokenize", summary="Turn text or a conversation into token ids")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         spec = await service.find_model(body.model)
-        text, special = _text(spec, body)
+        text, special = await _text(service, spec, body)
         if len(text) > MAX_CHARS:
             raise InvalidRequest(f"the text has {len(text)} characters; at most {MAX_CHARS} are allowed", "prompt")
         tokens = await spec.tokenizer.encode_async(text, special)
@@ -44,16 +45,11 @@ def tokenize_routes(service: GenerationService) -> APIRouter:
     return router
 
 
-def _text(spec: ModelSpec, body: TokenizeRequest) -> tuple[str, bool]:
+async def _text(service: GenerationService, spec: ModelSpec, body: TokenizeRequest) -> tuple[str, bool]:
     """The text and whether special tokens are to be added to it."""
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", "prompt")
     if body.prompt is not None:
         return body.prompt, body.add_special_tokens is not False
-    messages = [message.for_template() for message in body.messages or ()]
-    if not messages:
-        raise InvalidRequest("messages must not be empty", "messages")
-    text = spec.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=body.add_generation_prompt is not False
-    )
+    text = await conversation_text(service.renderer, spec, body.messages or (), body.add_generation_prompt)
     return text, bool(body.add_special_tokens)

@@ -2,6 +2,7 @@
 
 from splitserve.text.detokenizer import IncrementalDetokenizer
 from splitserve.text.stop import StopStrings
+from splitserve.text.template import ChatTemplate
 from splitserve.text.tokenizer import Tokenizer
 
-__all__ = ["IncrementalDetokenizer", "StopStrings", "Tokenizer"]
+__all__ = ["ChatTemplate", "IncrementalDetokenizer", "StopStrings", "Tokenizer"]

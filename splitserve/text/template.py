@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from splitserve.errors import InvalidRequest
 
+MAX_REASON = 500  # characters of a template's own error
 MAX_CHARS = 16 * 2**20  # of a rendered prompt, and of any string that a template multiplies
 
 # What foreign code does with foreign data; anything else is a bug of ours.
@@ -31,6 +32,8 @@ _RENDER_ERRORS = (
     ArithmeticError,
     AttributeError,
     RecursionError,
+    SyntaxError,  # of the Python that Jinja makes: blocks nested too deeply
+    MemoryError,
 )
 
 
@@ -39,8 +42,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], max_chars: int = MAX_CHARS) -> None:
         self.source = source
-        self._special_tokens = dict(special_tokens)
-        self._max_chars = max_chars
+        self.special_tokens = dict(special_tokens)
+        self.max_chars = max_chars
         self._compiled: Template | None = None
 
     def render(
@@ -54,21 +57,22 @@ class ChatTemplate:
             raise InvalidRequest("the model has no chat template; use /v1/completions", "messages")
         try:
             if self._compiled is None:
-                self._compiled = _environment(self._max_chars).from_string(self.source)
+                self._compiled = _environment(self.max_chars).from_string(self.source)
             parts, size = [], 0
             for part in self._compiled.generate(
-                **self._special_tokens,
+                **self.special_tokens,
                 messages=messages,
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             ):
                 size += len(part)
-                if size > self._max_chars:
-                    raise InvalidRequest(f"the prompt is longer than {self._max_chars} characters", "messages")
+                if size > self.max_chars:
+                    raise InvalidRequest(f"the prompt is longer than {self.max_chars} characters", "messages")
                 parts.append(part)
         except _RENDER_ERRORS as error:
-            raise InvalidRequest(f"the chat template refused the messages: {error}", "messages") from error
+            reason = str(error)[:MAX_REASON]
+            raise InvalidRequest(f"the chat template refused the messages: {reason}", "messages") from error
         return "".join(parts)
 
 

@@ -43,7 +43,7 @@ class Tokenizer:
             raise ConfigError(f"not a tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._template = ChatTemplate(chat_template, special_tokens or {})
+        self.template = ChatTemplate(chat_template, special_tokens or {})
         self._reader = piece_reader(description.get("decoder"))
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
@@ -55,7 +55,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template.source != ""
+        return self.template.source != ""
 
     @property
     def exact_bytes(self) -> PieceBytes | None:
@@ -107,7 +107,7 @@ class Tokenizer:
         Raises:
             InvalidRequest: field ``messages``; the template refuses them, or the model has none.
         """
-        return self._template.render(messages, tools, add_generation_prompt)
+        return self.template.render(messages, tools, add_generation_prompt)
 
     def token_bytes(self, token: int) -> bytes:
         """What one token contributes to the text; may be a part of a character. Empty for unknown ids."""
