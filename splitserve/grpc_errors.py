@@ -10,10 +10,12 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from splitserve import errors
 from splitserve.errors import (
@@ -106,10 +108,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             if behaviour is not None
         )
         wrap = _wrap_stream if handler.response_streaming else _wrap_unary
+        wrapped = wrap(behaviour, handler_call_details.method, self._public)
         make = getattr(grpc, _HANDLERS[handler.request_streaming, handler.response_streaming])
+        refuse_here = wrapped is not behaviour and not handler.request_streaming
         return make(
-            wrap(behaviour, handler_call_details.method, self._public),
-            request_deserializer=handler.request_deserializer,
+            wrapped,
+            request_deserializer=_reader(handler.request_deserializer)
+            if refuse_here
+            else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
@@ -122,12 +128,38 @@ _HANDLERS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """Stands for a request that is no message of its method. gRPC itself would log a traceback for each."""
+
+    reason: str
+
+
+def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return _Unreadable(str(error))
+
+    return read
+
+
+def _check_readable(request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        raise InvalidRequest(request.reason)
+
+
 def _wrap_unary(behaviour: Callable[..., Any], method: str, public: bool) -> Callable[..., Any]:
     if not inspect.iscoroutinefunction(behaviour):
         return behaviour  # of a synchronous servicer, which runs in a thread of gRPC's own
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
+            _check_readable(request)
             return await behaviour(request, context)
         except Exception as error:
             await _abort(error, context, method, public)
@@ -143,6 +175,7 @@ def _wrap_stream(behaviour: Callable[..., Any], method: str, public: bool) -> Ca
     # and the servicer's generator is closed here and now instead of by the garbage collector.
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         try:
+            _check_readable(request)
             if inspect.isasyncgenfunction(behaviour):
                 async with aclosing(behaviour(request, context)) as messages:
                     await _write_all(messages, context)
