@@ -91,5 +91,11 @@ class TritonKernels(ReferenceKernels):
         return out
 
 
+def shape_of(shape: AttentionShape) -> Shape:
+    """What a cut is chosen by, for such layers."""
+    group = shape.num_heads // shape.num_kv_heads
+    return Shape(shape.head_dim, group, shape.block_tokens, _name(shape.dtype), _name(shape.kv_dtype))
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

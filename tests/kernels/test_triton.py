@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from kernels import AttentionShape, load_kernels
 from kernels.triton import transfer
@@ -13,6 +14,7 @@ from kernels.triton.backend import TritonKernels
 from kernels.triton.tuning import INTERPRETER, Tuning
 from kvtransfer.checksums import checksum_words
 
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles here")
 LLAMA = AttentionShape(32, 8, 128, 16, torch.bfloat16, torch.bfloat16)
 
 
