@@ -28,7 +28,7 @@ from splitserve.sequences import SequenceRequest, sequence_from_proto
 from splitserve.v1 import worker_pb2 as pb
 from splitserve.v1 import worker_pb2_grpc
 from splitserve.wire import logprobs_to_proto, token_to_proto
-from splitserve.worker import not_joined
+from splitserve.worker import deadline_of, not_joined
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,12 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
             raise not_joined(Role.DECODE)
         sequence = sequence_from_proto(request.sequence, self._fingerprint)
         work = EngineRequest(
-            sequence.request_id, sequence.tokens, sequence.params, sequence.num_prompt, sequence.salt
+            sequence.request_id,
+            sequence.tokens,
+            sequence.params,
+            sequence.num_prompt,
+            sequence.salt,
+            deadline=deadline_of(context),
         )
         yield pb.DecodeEvent(accepted=pb.DecodeAccepted())
         if request.HasField("handle"):

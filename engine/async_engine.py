@@ -45,6 +45,7 @@ class AsyncEngine:
         self._events_lock = threading.Lock()
         self._changes: dict[BlockHash, bool] = {}  # filled (True) or evicted since they were last taken
         self._calls: set[asyncio.Future[Any]] = set()  # that the thread has not answered yet
+        self._adding = 0  # requests that the thread has not yet seen
         self._broken = False
         self._step_began: float | None = None  # of the step under way; written by the thread
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -170,17 +171,20 @@ class AsyncEngine:
     # -- the caller's side ---------------------------------------------------------------------------------
 
     async def _add(self, request: EngineRequest, *, loads: bool) -> None:
-        waiting = len(self.engine.scheduler.waiting)
+        waiting = len(self.engine.scheduler.waiting) + self._adding
         if waiting >= self._max_waiting:
             raise Overloaded(f"{waiting} requests are waiting on this worker")
         if request.request_id in self._outputs:
             raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
         self._outputs[request.request_id] = asyncio.Queue()
+        self._adding += 1
         try:
             await self._call(lambda: self.engine.add(request, loads=loads))
         except BaseException:
             self._forget(request.request_id)
             raise
+        finally:
+            self._adding -= 1
 
     async def _drain(self, request_id: str) -> AsyncGenerator[EngineOutput, None]:
         outputs = self._outputs[request_id]
@@ -261,9 +265,8 @@ class AsyncEngine:
                 self._step_began = time.monotonic()
                 result = self.engine.step()
             except Exception:
-                log.exception("a step failed; its requests are given up")
-                failed = [(i, "the engine could not compute this step") for i in self.engine.fail_running()]
-                result = StepResult(False, [], [], failed)
+                log.exception("a step failed; its requests are computed one by one")
+                result = self.engine.step_apart()
             finally:
                 self._step_began = None
             stuck = not result.computed and not result.reserved and not result.failed
@@ -292,7 +295,7 @@ class AsyncEngine:
     def _deliver(self, result: StepResult) -> None:
         items: list[tuple[str, _Item]] = [(r.request_id, r) for r in result.reserved]
         items += result.outputs
-        items += [(request_id, EngineError(message)) for request_id, message in result.failed]
+        items += result.failed
         for request_id, item in items:
             if (outputs := self._outputs.get(request_id)) is not None:
                 outputs.put_nowait(item)

@@ -7,6 +7,7 @@ blocks (`check_integrity`).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,9 +20,14 @@ from engine.scheduler import Scheduled, Scheduler
 from engine.sequence import EngineOutput, EngineRequest, Sequence, Status
 from engine.stats import EngineStats
 from engine.weights import ModelFiles
-from splitserve.errors import InvalidRequest
+from splitserve.errors import DeadlineExceeded, EngineError, InvalidRequest, SplitServeError
 from splitserve.hashing import BlockHash, chain_root
 from splitserve.sampling import TokenOutput
+
+log = logging.getLogger(__name__)
+
+Outputs = list[tuple[str, EngineOutput]]  # by request id
+Failures = list[tuple[str, SplitServeError]]  # by request id
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +41,12 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did: outputs by request id, blocks for reservations, requests that failed in it."""
+    """What a step did: outputs by request id, blocks for reservations, requests that ended with an error."""
 
     computed: bool  # whether any row was
-    outputs: list[tuple[str, EngineOutput]]
+    outputs: Outputs
     reserved: list[Reservation]
-    failed: list[tuple[str, str]]
+    failed: Failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,8 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._flight: _Flight | None = None
         self._reserved: list[Reservation] = []  # not yet told
+        self._late: Failures = []  # not yet told
+        self._begun: list[Scheduled] = []  # what the newest step computes
         self._collected = 0.0  # when the last step was
 
     @property
@@ -159,23 +167,48 @@ class Engine:
         """Collects one step. On a device with a queue the next one is launched before that."""
         flight = self._flight or self._launch(None)
         self._flight = None
+        outputs: Outputs = []
+        failed: Failures = []
+        if flight is not None:
+            if self._may_run_ahead(flight):
+                self._flight = self._launch(flight)
+            outputs, failed = self._collect(flight)
         reserved, self._reserved = self._reserved, []
-        if flight is None:
-            return StepResult(False, [], reserved, [])
-        if self._may_run_ahead(flight):
-            self._flight = self._launch(flight)
-        outputs, failed = self._collect(flight)
-        return StepResult(True, outputs, reserved, failed)
+        late, self._late = self._late, []
+        return StepResult(flight is not None, outputs, reserved, late + failed)
 
-    def fail_running(self) -> list[str]:
-        """Removes every running request after a step that could not be computed; their ids."""
+    def step_apart(self) -> StepResult:
+        """After a step that could not be computed: its requests one by one, so that only those fail that fail
+        alone. KV that was written before is written again."""
+        begun, self._begun = self._begun, []
+        if not begun or self._flight is not None or self.runner.runs_ahead:
+            return StepResult(False, [], [], self._fail_running())
+        outputs: Outputs = []
+        failed: Failures = []
+        for item in begun:
+            sequence = item.sequence
+            if not sequence.in_flight:
+                self.scheduler.start(item)
+            try:
+                some, none = self._collect(_Flight([item], self.runner.launch([item]), time.monotonic()))
+                outputs += some
+                failed += none
+            except Exception:
+                log.exception("a request can't be computed and is given up", extra={"request_id": sequence.id})
+                if sequence.in_flight:
+                    self.scheduler.settle(item)
+                self._remove(sequence)
+                failed.append((sequence.id, EngineError("the engine could not compute this request")))
+        return StepResult(True, outputs, [], failed)
+
+    def _fail_running(self) -> Failures:
         ids = [s.id for s in self.scheduler.running]
         for request_id in ids:
             self._remove(self._sequences[request_id])
         for sequence in list(self.scheduler.leaving):
             self.scheduler.let_go(sequence)
         self._flight = None
-        return ids
+        return [(request_id, EngineError("the engine could not compute this step")) for request_id in ids]
 
     def _may_run_ahead(self, flight: _Flight) -> bool:
         """Whether the next step needs nothing that only the end of this one will tell."""
@@ -188,23 +221,29 @@ class Engine:
 
     def _launch(self, before: _Flight | None) -> _Flight | None:
         start = time.monotonic()
+        self._begun = []
+        for sequence in self.scheduler.late(start):
+            self._remove(sequence)
+            self._late.append((sequence.id, DeadlineExceeded("the request's time was over before it was begun")))
         scheduled, loading = self.scheduler.schedule()
         for sequence in (*loading, *(item.sequence for item in scheduled)):
             self._note_first_step(sequence, start)
         self._reserved += [Reservation(s.id, tuple(s.blocks), s.num_cached) for s in loading]
         if not scheduled:
             return None
+        self._begun = scheduled
         launched = self.runner.launch(scheduled, before.launched if before else None)
         for item in scheduled:
             self.scheduler.start(item)
         return _Flight(scheduled, launched, start)
 
-    def _collect(self, flight: _Flight) -> tuple[list[tuple[str, EngineOutput]], list[tuple[str, str]]]:
+    def _collect(self, flight: _Flight) -> tuple[Outputs, Failures]:
         sampled = dict(zip(flight.launched.sequences, self.runner.collect(flight.launched), strict=True))
         now = time.monotonic()
         self._record(flight.scheduled, now - max(flight.start, self._collected))
         self._collected = now
-        outputs, failed = [], []
+        outputs: Outputs = []
+        failed: Failures = []
         for item in flight.scheduled:
             sequence = item.sequence
             self.scheduler.settle(item)
@@ -212,7 +251,7 @@ class Engine:
                 continue
             token = sampled.get(sequence)
             if item.samples and token is None:  # nothing of this step may enter the prefix cache
-                failed.append((sequence.id, "the model's output is not finite for this request"))
+                failed.append((sequence.id, EngineError("the model's output is not finite for this request")))
                 self._remove(sequence)
                 continue
             self.scheduler.advance(sequence, item.end)

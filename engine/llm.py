@@ -14,7 +14,6 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.sequence import EngineRequest
 from engine.weights import open_model
-from splitserve.errors import EngineError
 from splitserve.models import resolve_model
 from splitserve.sampling import FinishReason, Logprobs, SamplingParams
 from splitserve.text import IncrementalDetokenizer, StopStrings, Tokenizer
@@ -78,7 +77,7 @@ class LLM:
         while self.engine.has_work:
             result = self.engine.step()
             if result.failed:
-                raise EngineError(result.failed[0][1])
+                raise result.failed[0][1]
             for request_id, output in result.outputs:
                 work = works[request_id]
                 work.completion.cached_tokens = output.cached_tokens

@@ -65,6 +65,10 @@ class Scheduler:
         assert sequence.status is Status.WAITING
         self.waiting.append(sequence)
 
+    def late(self, now: float) -> list[Sequence]:
+        """Waiting sequences whose deadline has passed."""
+        return [s for s in self.waiting if s.deadline is not None and s.deadline <= now]
+
     def schedule(self) -> tuple[list[Scheduled], list[Sequence]]:
         """What the next step computes, and the LOADING sequences that have just received their blocks."""
         budget = self.max_num_batched_tokens

@@ -33,6 +33,7 @@ class EngineRequest:
     num_prompt: int | None = None  # None: all of the tokens
     salt: str = ""
     export: bool = False
+    deadline: float | None = None  # monotonic time after which nothing is begun for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Sequence:
     root: BlockHash  # parent of the first block's hash
     export: bool = False
     loads: bool = False  # blocks of the prompt come from elsewhere (`Status.LOADING` first)
+    deadline: float | None = None  # monotonic time after which it is not begun
     status: Status = Status.WAITING
     num_computed: int = 0  # tokens that have KV, or will have it after the steps under way
     pending: int = 0  # tokens that steps under way will bring, 0 or 1
@@ -104,6 +106,7 @@ class Sequence:
             root,
             request.export,
             loads,
+            request.deadline,
         )
 
     @property

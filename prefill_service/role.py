@@ -26,7 +26,7 @@ from splitserve.sequences import SequenceRequest, sequence_from_proto
 from splitserve.v1 import worker_pb2 as pb
 from splitserve.v1 import worker_pb2_grpc
 from splitserve.wire import token_to_proto
-from splitserve.worker import not_joined
+from splitserve.worker import deadline_of, not_joined
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,13 @@ class PrefillRole(worker_pb2_grpc.PrefillServicer):
         sequence = sequence_from_proto(request.sequence, self._fingerprint)
         logger = request_logger(log, sequence.request_id)
         work = EngineRequest(
-            sequence.request_id, sequence.tokens, sequence.params, sequence.num_prompt, sequence.salt, export=True
+            sequence.request_id,
+            sequence.tokens,
+            sequence.params,
+            sequence.num_prompt,
+            sequence.salt,
+            export=True,
+            deadline=deadline_of(context),
         )
         events = self._alone(work) if _ends_with_first_token(sequence) else self._offered(work, logger)
         async with aclosing(events):

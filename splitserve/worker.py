@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -272,6 +273,12 @@ async def _watch_until(
         with suppress(TimeoutError):
             async with asyncio.timeout(_GAUGE_SECONDS):
                 await stopping.wait()
+
+
+def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """When the caller's time is over, in monotonic time."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
 def not_joined(role: Role) -> Unavailable:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, EngineRequest, open_model
-from splitserve.errors import EngineError, InvalidRequest, Overloaded, Unavailable
+from splitserve.errors import DeadlineExceeded, EngineError, InvalidRequest, Overloaded, Unavailable
 from splitserve.sampling import SamplingParams
 
 POOL = 40 * 16 * 2 * 2 * 2 * 16 * 4  # bytes: 40 blocks
@@ -135,10 +137,51 @@ async def test_a_step_that_fails_ends_its_requests_and_not_the_engine(
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine.engine.runner, "launch", lambda scheduled, before: 1 / 0)
+        patch.setattr(engine.engine.runner, "launch", lambda scheduled, before=None: 1 / 0)
         with pytest.raises(EngineError):
             await answer(engine, request("a", [1, 2]))
     assert len(await answer(engine, request("b", [1, 2]))) == 8
+
+
+@pytest.mark.parametrize("point", ["launch", "collect"])
+async def test_a_request_that_makes_its_step_fail_fails_alone(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    mates = [request(f"mate{i}", [i, 3] * (1 + 20 * i), long) for i in range(3)]
+    expected = [await answer(engine, mate) for mate in mates]
+    real = getattr(engine.engine.runner, point)
+
+    def explode(step: Any, before: Any = None) -> Any:
+        sequences = step.sequences if point == "collect" else [item.sequence for item in step]
+        if any(s.id == "poison" and s.num_generated >= 2 for s in sequences):
+            raise ZeroDivisionError
+        return real(step, before) if point == "launch" else real(step)
+
+    monkeypatch.setattr(engine.engine.runner, point, explode)
+    running = [asyncio.ensure_future(answer(engine, mate)) for mate in mates]
+    with pytest.raises(EngineError, match="could not compute this request"):
+        await answer(engine, request("poison", [9, 9, 9], long))
+    assert await asyncio.gather(*running) == expected
+    assert engine.engine.pool.num_used == 0
+
+
+async def test_a_request_whose_deadline_passes_in_the_queue_is_never_begun(engine: AsyncEngine) -> None:
+    engine.engine.scheduler.max_num_seqs = 1
+    blocker = await engine.reserve(request("blocker", [1] * 20))
+    late = EngineRequest("late", [2] * 20, GREEDY, deadline=time.monotonic() + 0.05)
+    waiting = asyncio.ensure_future(answer(engine, late))
+    await until(lambda: len(engine.engine.scheduler.waiting) == 1)
+    await asyncio.sleep(0.06)
+    steps, begun = engine.stats.steps, engine.stats.prompt_tokens
+    engine.abandon(blocker.request_id, 0)
+    with pytest.raises(DeadlineExceeded):
+        await waiting
+    assert (engine.stats.steps, engine.stats.prompt_tokens) == (steps, begun)
+
+
+async def test_a_deadline_that_has_not_passed_changes_nothing(engine: AsyncEngine) -> None:
+    assert len(await answer(engine, EngineRequest("a", [2], GREEDY, deadline=time.monotonic() + 60))) == 8
 
 
 async def test_block_events_match_what_is_known(engine: AsyncEngine) -> None:
