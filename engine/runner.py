@@ -38,6 +38,7 @@ from splitserve.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
+_PAGE = 4096  # bytes
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -233,8 +234,10 @@ class Runner:
         if self._device.torch.type != "cpu":  # what a block never held is finite
             return torch.zeros(shape, dtype=self._dtype, device=self._device.torch)
         # zero pages: memory is taken when a block is first used
-        pool = np.zeros(num_blocks * layout.block_bytes, dtype=np.uint8)
-        return torch.from_numpy(pool).view(self._dtype).view(shape)
+        size = num_blocks * layout.block_bytes
+        pool = np.zeros(size + _PAGE, dtype=np.uint8)
+        begin = -pool.ctypes.data % _PAGE  # rows of K and V must not straddle cache lines
+        return torch.from_numpy(pool[begin : begin + size]).view(self._dtype).view(shape)
 
     def _count_blocks(self, config: EngineConfig) -> int:
         device = self._device

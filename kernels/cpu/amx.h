@@ -33,6 +33,7 @@ class Tiles {
     if (rows == rows_) return;
     rows_ = rows;
     TileConfig config(rows < 16 ? rows : 16, rows > 16 ? rows - 16 : 0);
+    asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic declares the first 8 bytes alone as read
     _tile_loadconfig(&config);
   }
 

@@ -3,27 +3,10 @@
 // Lanes are query rows: S^T = K Q^T and O^T = V^T P^T, so that the softmax runs down the vectors without crossing
 // lanes, and K is read where it lies. The heads of one KV head and neighbouring rows share a block of lanes.
 // Online softmax: https://arxiv.org/abs/2205.14135
-#include <cmath>
-
-#include "amx.h"
-#include "paged.h"
-#include "pool.h"
+#include "chunk_lanes.h"
+#include "chunk_tiles.h"
 
 namespace {
-
-constexpr int kWide = 2 * W;          // lanes of a block, computed together
-constexpr int kLanes = 256;           // query rows x heads of a work item, in blocks
-constexpr int kStep = 64;             // tokens between two updates of the running maximum
-static_assert(kLanes % kWide == 0);
-
-// What a block of lanes carries from step to step. Rows of all arrays here are kWide long.
-struct Block {
-  uint32_t* q;     // [D / per_dword] dwords
-  float* o;        // [D] weighted values, not yet divided
-  float *max, *sum;  // of the scores before scaling, and of the weights
-  int32_t* limit;  // last token that the lane sees
-  long last;       // the largest of limit
-};
 
 // This thread's operands of one step: scores and weights of a block, and the values, which all blocks share.
 struct Step {
@@ -31,31 +14,6 @@ struct Step {
   uint32_t* p;  // [kStep / per_dword][kWide] dwords
   uint32_t* v;  // rearranged
 };
-
-void pack_queries(const void* const* rows, long units, uint32_t* q) {
-  for (int lane = 0; lane < kWide; lane += W) {
-    long u = 0;
-    const uint32_t* from[W];
-    for (; u + W <= units; u += W) {
-      for (int i = 0; i < W; i++) from[i] = static_cast<const uint32_t*>(rows[lane + i]) + u;
-      transpose_dwords(from, q + u * kWide + lane, kWide);
-    }
-    for (; u < units; u++)
-      for (int i = 0; i < W; i++)
-        q[u * kWide + lane + i] = load_as<uint32_t>(static_cast<const uint32_t*>(rows[lane + i]) + u);
-  }
-}
-
-// Scores that a lane must not see, and those behind the last token, become -inf.
-void mask(float* s, VI limit, int count) {
-  const VF never = splat(-INFINITY);
-  if (any(limit < VI{} + (count - 1)))
-    for (int t = 0; t < count; t++) {
-      const VI hidden = (VI{} + t) > limit;
-      store(s + t * kWide, select(hidden, never, load(s + t * kWide)));
-    }
-  for (int t = count; t < kStep; t++) store(s + t * kWide, never);
-}
 
 // The step's weights from its scores; updates max and sum, and scales what o holds.
 template <class E>
@@ -113,6 +71,23 @@ template <class E>
 struct Dots {
   using T = typename E::Element;
 
+  void run(const Tiles16<T>& tiles, Block* block, int blocks, float scale) {
+    const long head_dim = tiles.head_dim, last = block[blocks - 1].last;
+    uint32_t* memory = static_cast<uint32_t*>(
+        scratch(5, (size_t)(kStep * (2 * kWide + head_dim)) * sizeof(uint32_t)));
+    const Step step = {reinterpret_cast<float*>(memory), memory + kStep * kWide, memory + 2 * kStep * kWide};
+    for (long token = 0; token <= last; token += kStep) {
+      const int n = (int)(last + 1 - token < kStep ? last + 1 - token : kStep);
+      prepare(step, tiles, token, n);
+      for (int b = 0; b < blocks; b++) {
+        if (block[b].last < token) continue;
+        scores(block[b], step, tiles, token, n);
+        soften<E>(block[b], step, token, n, scale, head_dim);
+        values(block[b], step, tiles, token, n);
+      }
+    }
+  }
+
   void prepare(const Step& step, const Tiles16<T>& tiles, long token, int count) {
     if constexpr (E::per_dword == 2)
       for (int t = 0; t < count; t += kSpan) {
@@ -150,81 +125,6 @@ struct Dots {
   }
 };
 
-#if defined(SS_AMX)
-// The same in tiles; D a multiple of 32. Values are transposed, a step at a time.
-struct TileDots {
-  static constexpr int kPairs = kStep / 2;
-  Tiles tiles_;
-
-  TileDots() { tiles_.set_rows(32); }
-
-  void prepare(const Step& step, const Tiles16<bf16>& tiles, long token, int count) {
-    for (int t = 0; t < count; t += 32) transpose(tiles, token + t, count - t, step.v + t / 2);
-  }
-
-  void scores(const Block& block, const Step& step, const Tiles16<bf16>& tiles, long token, int count) {
-    const long units = tiles.head_dim / 2;
-    for (int t = 0; t < count; t += 2 * kSpan) {
-      const uint32_t* upper = reinterpret_cast<const uint32_t*>(tiles.keys(token + t));
-      const uint32_t* lower = upper;  // when there is no second span, its scores are garbage that none reads
-      if (t + kSpan < count) lower = reinterpret_cast<const uint32_t*>(tiles.keys(token + t + kSpan));
-      tiles_.multiply<false>(upper, lower, units, block.q, kWide, step.s + t * kWide, kWide, units, false);
-    }
-  }
-
-  void values(const Block& block, const Step& step, const Tiles16<bf16>& tiles, long token, int count) {
-    const int pairs = count > 32 ? kPairs : kPairs / 2;
-    for (long d = 0; d < tiles.head_dim; d += 32) {
-      const uint32_t* a = step.v + d * kPairs;
-      tiles_.multiply<false>(a, a + 16 * kPairs, kPairs, step.p, kWide, block.o + d * kWide, kWide, pairs, token > 0);
-    }
-  }
-
-  // to[d][16 pairs of tokens], rows kPairs dwords apart; zeros for tokens from `count` on.
-  static void transpose(const Tiles16<bf16>& tiles, long token, int count, uint32_t* to) {
-    for (long d = 0; d < tiles.head_dim; d += 32) {
-      alignas(64) uint32_t low[16][16], high[16][16], turned[16][16];
-      const uint32_t *lows[16], *highs[16];
-      for (int i = 0; i < 16; i++) {
-        __m512i a = {}, b = {};
-        if (2 * i < count) {
-          const bf16* span = tiles.keys(token + 2 * i / kSpan * kSpan) + tiles.value_offset();
-          const bf16* at = span + 2 * i % kSpan * tiles.head_dim + d;
-          a = _mm512_loadu_si512(at);
-          if (2 * i + 1 < count) b = _mm512_loadu_si512(at + tiles.head_dim);
-        }
-        _mm512_store_si512(low[i], _mm512_unpacklo_epi16(a, b));
-        _mm512_store_si512(high[i], _mm512_unpackhi_epi16(a, b));
-        lows[i] = low[i], highs[i] = high[i];
-      }
-      // Lane 4k + j of `low` is value 8k + j of the 32, of `high` value 8k + 4 + j.
-      for (int half = 0; half < 2; half++) {
-        transpose_dwords(half ? highs : lows, turned[0], 16);
-        for (int i = 0; i < 16; i++)
-          _mm512_storeu_si512(to + (d + i / 4 * 8 + half * 4 + i % 4) * kPairs, _mm512_load_si512(turned[i]));
-      }
-    }
-  }
-};
-#endif
-
-template <class T>
-void write_out(const Block& block, int count, long head_dim, T* const* out) {
-  for (int lane = 0; lane < count; lane += W) {
-    const VF inverse = 1.0f / load(block.sum + lane);
-    for (long d = 0; d < head_dim; d += W) {
-      alignas(64) float columns[W][W], rows[W][W];
-      const uint32_t* from[W];
-      for (int i = 0; i < W; i++) {
-        store(columns[i], load(block.o + (d + i) * kWide + lane) * inverse);
-        from[i] = reinterpret_cast<const uint32_t*>(columns[i]);
-      }
-      transpose_dwords(from, reinterpret_cast<uint32_t*>(rows[0]), W);
-      for (int i = 0; i < W && lane + i < count; i++) store(out[lane + i] + d, load(rows[i]));
-    }
-  }
-}
-
 // Lanes [first, first + count) of one sequence and KV head; lane = row * group + head in the group.
 template <class E, class Method, class T = typename E::Element>
 void attend(Method& method, const Tiles16<T>& tiles, const Batch& batch, const Query& query, long sequence, long head,
@@ -236,12 +136,7 @@ void attend(Method& method, const Tiles16<T>& tiles, const Batch& batch, const Q
   alignas(64) float max[kLanes], sum[kLanes];
   alignas(64) int32_t limit[kLanes];
   T* to[kLanes];
-  uint32_t* memory = static_cast<uint32_t*>(
-      scratch(4, (size_t)(kLanes * 2 * head_dim + kStep * (4 * kWide + head_dim)) * sizeof(uint32_t)));
-  uint32_t* shared = memory + 4 * kStep * kWide;
-  const Step steps[2] = {{reinterpret_cast<float*>(memory), memory + kStep * kWide, shared},
-                         {reinterpret_cast<float*>(memory + 2 * kStep * kWide), memory + 3 * kStep * kWide, shared}};
-  memory += kStep * (4 * kWide + head_dim);
+  uint32_t* memory = static_cast<uint32_t*>(scratch(4, (size_t)(kLanes * 2 * head_dim) * sizeof(uint32_t)));
   for (int b = 0; b < blocks; b++) {
     float* o = reinterpret_cast<float*>(memory + (kLanes + b * kWide) * head_dim);
     block[b] = {memory + b * kWide * head_dim, o, max + b * kWide, sum + b * kWide, limit + b * kWide, 0};
@@ -258,22 +153,7 @@ void attend(Method& method, const Tiles16<T>& tiles, const Batch& batch, const Q
     }
     pack_queries(rows, head_dim / E::per_dword, block[b].q);
   }
-  const long last = block[blocks - 1].last;
-  for (long token = 0; token <= last; token += kStep) {
-    const int n = (int)(last + 1 - token < kStep ? last + 1 - token : kStep);
-    method.prepare(steps[0], tiles, token, n);
-    int b = 0;
-    while (block[b].last < token) b++;
-    // Products of the neighbouring blocks run beside the softmax of one.
-    const int begin = b;
-    method.scores(block[b], steps[b & 1], tiles, token, n);
-    for (; b < blocks; b++) {
-      if (b + 1 < blocks) method.scores(block[b + 1], steps[(b + 1) & 1], tiles, token, n);
-      if (b > begin) method.values(block[b - 1], steps[(b - 1) & 1], tiles, token, n);
-      soften<E>(block[b], steps[b & 1], token, n, query.scale, head_dim);
-    }
-    method.values(block[blocks - 1], steps[(blocks - 1) & 1], tiles, token, n);
-  }
+  method.run(tiles, block, blocks, query.scale);
   for (int b = 0; b < blocks; b++)
     write_out(block[b], count - b * kWide < kWide ? count - b * kWide : kWide, head_dim, to + b * kWide);
 }
@@ -297,7 +177,7 @@ void chunks(Pool* pool, const Batch& batch, const KvPool& kv, long layer, const 
 #if defined(SS_AMX)
     if constexpr (E::per_dword == 2) {
       if (kv.head_dim % 32 == 0) {
-        TileDots method;
+        ChunkTiles method;
         attend<E>(method, tiles, batch, query, batch.decodes + s, head, group, first, count, out);
         return;
       }

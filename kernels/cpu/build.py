@@ -29,13 +29,13 @@ _COMMON = (
 )  # fmt: skip
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni", "-mfma")
 _FLAGS = {
-    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512vbmi"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "plain": (),
 }
 _NEEDED = {  # names as in /proc/cpuinfo, which lists what the system enabled
-    "amx": {"amx_tile", "amx_bf16", "amx_int8"},
+    "amx": {"amx_tile", "amx_bf16", "amx_int8", "avx512vbmi"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma"},
     "avx2": {"avx2", "fma"},
     "plain": set[str](),

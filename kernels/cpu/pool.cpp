@@ -100,7 +100,7 @@ void* scratch(int slot, size_t bytes) {
   if (mine.size[slot] < bytes) {
     std::free(mine.data[slot]);
     mine.size[slot] = (bytes + 4095) / 4096 * 4096;
-    mine.data[slot] = std::aligned_alloc(64, mine.size[slot]);
+    mine.data[slot] = std::aligned_alloc(4096, mine.size[slot]);
     if (mine.data[slot] == nullptr) std::abort();
   }
   return mine.data[slot];

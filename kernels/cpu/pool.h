@@ -49,6 +49,6 @@ static inline void parallel_for(Pool* pool, long items, F&& f) {
 
 static inline int pool_threads(const Pool* pool) { return pool ? pool->threads() : 1; }
 
-// Memory of the calling thread, 64-byte aligned, kept until the thread ends; contents are undefined. Each slot
+// Memory of the calling thread, aligned to a page, kept until the thread ends; contents are undefined. Each slot
 // is one buffer; asking again for the same slot may move it.
 void* scratch(int slot, size_t bytes);
