@@ -57,9 +57,8 @@ def step_seconds(runner: Runner, made: list[Sequence], rounds: int) -> list[floa
 def show(name: str, times: list[float], work: float, unit: str, limit: float) -> None:
     taken = median(times)
     rate = work / taken / 1e9
-    print(
-        f"  {name:<36}{taken * 1e3:>8.2f} ms (best {times[0] * 1e3:.2f}){rate:>8.1f} {unit}  {rate / limit:.0%} of {limit:.1f}"
-    )
+    figures = f"{taken * 1e3:>8.2f} ms (best {times[0] * 1e3:.2f}){rate:>8.1f} {unit}"
+    print(f"  {name:<36}{figures}  {rate / limit:.0%} of {limit:.1f}")
 
 
 def main() -> None:
