@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from splitserve.cluster import Role, WorkerInfo
 from splitserve.directory import Directory
@@ -20,6 +21,12 @@ from splitserve.models import cache_dir, resolve_model
 from splitserve.redis_client import RedisClient
 from splitserve.redis_server import PrivateRedis
 from splitserve.text import Tokenizer
+
+# The same examples in every run, and none fails for being slow. ``--hypothesis-profile explore`` looks further.
+_patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+settings.register_profile("explore", _patient)
+settings.register_profile("repeatable", _patient, derandomize=True)
+settings.load_profile("repeatable")
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton looks once, when it is first imported

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 import triton
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import Kernels, ReferenceKernels, SampleParams
@@ -112,8 +111,10 @@ def near_int8(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (weight / 64).to(dtype), exact / 64
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 33, 70])
-@pytest.mark.parametrize(("n", "k"), [(96, 128), (33, 100), (40, 576), (8, 33)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"),
+    [(1, 96, 128), (1, 33, 100), (3, 40, 576), (16, 8, 33), (17, 96, 128), (33, 33, 100), (70, 40, 576)],
+)
 @pytest.mark.parametrize("wide", [False, True])
 def test_int8_linear_loses_no_more_than_rounding_the_weights(
     kernels: Kernels, dtype: torch.dtype, rows: int, n: int, k: int, wide: bool
@@ -126,8 +127,19 @@ def test_int8_linear_loses_no_more_than_rounding_the_weights(
     torch.testing.assert_close(got.double(), x.double() @ rounded.T + bias.double(), rtol=8e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 12, 17, 33, 70, 300])
-@pytest.mark.parametrize(("intermediate", "k"), [(64, 64), (96, 160), (50, 34)])
+@pytest.mark.parametrize(
+    ("rows", "intermediate", "k"),
+    [
+        (1, 64, 64),
+        (1, 50, 34),
+        (2, 96, 160),
+        (12, 50, 34),
+        (17, 64, 64),
+        (33, 96, 160),
+        (70, 50, 34),
+        (300, 64, 64),
+    ],
+)
 @pytest.mark.parametrize("int8", [False, True])
 def test_gate_up_is_the_linear_layer_and_its_activation(
     kernels: Kernels, dtype: torch.dtype, rows: int, intermediate: int, k: int, int8: bool
@@ -214,21 +226,24 @@ def check_attention(kernels: Kernels, case: PagedCase) -> None:
     assert_same_bits(case.kv, before)
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 80), (3, 64), (4, 128), (8, 64), (1, 256), (8, 80)])
 def test_attention_of_a_mixed_batch(kernels: Kernels, dtype: torch.dtype, head_dim: int, group: int) -> None:
     sequences = [(1, 1), (1, 17), (1, 200), (2, 2), (5, 90), (40, 40)]
     check_attention(kernels, paged_case(sequences, group=group, head_dim=head_dim, dtype=dtype))
 
 
-@pytest.mark.parametrize("block_tokens", [16, 32])
-@pytest.mark.parametrize("context", [1, 15, 16, 31, 33, 64, 65, 511, 513, 2000])
+@pytest.mark.parametrize(
+    ("context", "block_tokens"),
+    [(1, 16), (15, 16), (16, 16), (31, 32), (33, 32), (64, 16), (65, 32), (511, 16), (513, 32), (2000, 16)],
+)
 def test_attention_of_one_decode(kernels: Kernels, dtype: torch.dtype, context: int, block_tokens: int) -> None:
     check_attention(kernels, paged_case([(1, context)], block_tokens=block_tokens, dtype=dtype))
 
 
-@pytest.mark.parametrize("block_tokens", [16, 32])
-@pytest.mark.parametrize(("rows", "context"), [(2, 2), (16, 16), (43, 43), (130, 130), (33, 600), (7, 1200)])
+@pytest.mark.parametrize(
+    ("rows", "context", "block_tokens"),
+    [(2, 2, 16), (16, 16, 16), (16, 16, 32), (43, 43, 32), (130, 130, 16), (33, 600, 16), (7, 1200, 32)],
+)
 def test_attention_of_one_chunk(
     kernels: Kernels, dtype: torch.dtype, rows: int, context: int, block_tokens: int
 ) -> None:
@@ -236,7 +251,8 @@ def test_attention_of_one_chunk(
 
 
 def test_attention_of_many_sequences(kernels: Kernels, dtype: torch.dtype) -> None:
-    sequences = [(1, 1 + 37 * i % 300) for i in range(60)] + [(3 + i, 20 + i) for i in range(4)]
+    decodes = 15 if kernels.name == "triton" else 60  # its interpreter takes long
+    sequences = [(1, 1 + 37 * i % 300) for i in range(decodes)] + [(3 + i, 20 + i) for i in range(4)]
     check_attention(kernels, paged_case(sequences, kv_heads=1, dtype=dtype))
 
 
@@ -283,22 +299,12 @@ def test_rope_kv_write_fills_a_float8_pool(kernels: Kernels, dtype: torch.dtype)
     assert torch.equal(case.kv.view(torch.uint8), expected)
 
 
-sequences_strategy = st.lists(
-    st.tuples(st.sampled_from([1, 1, 1, 2, 9, 50]), st.integers(0, 150)), min_size=1, max_size=10
-)
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    drawn=sequences_strategy,
-    group=st.sampled_from([1, 2, 3, 5, 16]),
-    head_dim=st.sampled_from([32, 64, 96, 112]),
-    seed=st.integers(0, 1000),
-)
-def test_attention_of_any_batch(
-    kernels: Kernels, dtype: torch.dtype, drawn: list[tuple[int, int]], group: int, head_dim: int, seed: int
-) -> None:
-    sequences = sorted((rows, rows + cached) for rows, cached in drawn)
+@pytest.mark.parametrize("seed", range(5))
+def test_attention_of_any_batch(kernels: Kernels, dtype: torch.dtype, seed: int) -> None:
+    draw = random.Random(seed)
+    rows = sorted(draw.choice([1, 1, 1, 2, 9, 50]) for _ in range(draw.randint(1, 8)))
+    sequences = [(n, n + draw.randint(0, 150)) for n in rows]
+    group, head_dim = draw.choice([1, 2, 3, 5, 16]), draw.choice([32, 64, 96, 112])
     check_attention(kernels, paged_case(sequences, group=group, head_dim=head_dim, dtype=dtype, seed=seed))
 
 
