@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -35,6 +36,9 @@ from kernels.cpu.build import BuildError
 from splitserve.errors import ConfigError
 from splitserve.layout import KVLayout
 from splitserve.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.device_pool import TensorPool
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +140,17 @@ class Runner:
     def runs_ahead(self) -> bool:
         """Whether a step may be launched before the one before it is collected."""
         return self._device.asynchronous
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the pool is in device memory: `device_pool` then, else `memory`."""
+        return self._device.torch.type != "cpu"
+
+    def device_pool(self) -> TensorPool:
+        """The pool as transfers reach it on a GPU."""
+        from engine.device_pool import TensorPool  # needs Triton
+
+        return TensorPool(self.kv[: self.num_blocks])
 
     def memory(self) -> memoryview:
         """The pool's bytes, writable; block ``i`` is the ``i``-th ``layout.block_bytes`` of them."""

@@ -1,0 +1,41 @@
+"""Copies and checksums of a pool by block, as transfers ask for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+
+from engine.device_pool import TensorPool
+from kernels import pool_shape
+from kvtransfer.checksums import checksum_words
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles here")
+
+
+@pytest.fixture
+def kv() -> torch.Tensor:
+    return torch.randn(pool_shape(9, 2, 3, 16, 8)).bfloat16()
+
+
+def test_reads_and_writes_are_the_bytes_of_the_pool(kv: torch.Tensor) -> None:
+    pool, raw = TensorPool(kv), kv.view(-1).view(torch.uint8)
+    buffers = [pool.host_buffer(100) for _ in range(2)]
+    pool.read([7000, 2], buffers)
+    assert [bytes(b) for b in buffers] == [raw[i : i + 100].numpy().tobytes() for i in (7000, 2)]
+    expected = raw.clone()
+    expected[16:116], expected[8000:8100] = raw[7000:7100], raw[2:102]
+    pool.write([16, 8000], buffers)
+    assert torch.equal(raw, expected)
+
+
+def test_checksums_are_those_of_the_host(kv: torch.Tensor) -> None:
+    pool, raw = TensorPool(kv), kv.view(9, -1).view(torch.uint8)
+    expected = [checksum_words(raw[i, 32:1032].numpy().data) for i in (8, 1, 3)]
+    assert pool.checksums([8, 1, 3], 32, 1000) == expected
+
+
+def test_its_address_and_size_are_those_of_the_tensor(kv: torch.Tensor) -> None:
+    pool = TensorPool(kv)
+    assert pool.address() == kv.data_ptr()
+    assert (pool.num_blocks, pool.block_bytes) == (9, kv[0].numel() * 2)

@@ -1,0 +1,40 @@
+"""A pool in a memory that only explicit copies reach, as a GPU's is, for tests without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtransfer.checksums import checksum_words
+
+
+class FakeDevicePool:
+    """``copies`` counts the bytes that went each way."""
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks, self.block_bytes = num_blocks, block_bytes
+        self.contents = bytearray(num_blocks * block_bytes)
+        self.host_bytes = 0
+        self.copies = {"out": 0, "in": 0}
+
+    def address(self) -> int:
+        return 0x7000_0000  # nothing is there
+
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        self.host_bytes += num_bytes
+        return memoryview(bytearray(num_bytes))
+
+    def read(self, offsets: Sequence[int], into: Sequence[memoryview]) -> None:
+        for offset, buffer in zip(offsets, into, strict=True):
+            buffer[:] = self.contents[offset : offset + len(buffer)]
+            self.copies["out"] += len(buffer)
+
+    def write(self, offsets: Sequence[int], data: Sequence[memoryview]) -> None:
+        for offset, buffer in zip(offsets, data, strict=True):
+            self.contents[offset : offset + len(buffer)] = buffer
+            self.copies["in"] += len(buffer)
+
+    def block(self, index: int) -> bytes:
+        return bytes(self.contents[index * self.block_bytes : (index + 1) * self.block_bytes])
+
+    def checksums(self, blocks: Sequence[int], offset: int, length: int) -> list[int]:
+        return [checksum_words(memoryview(self.block(b))[offset : offset + length]) for b in blocks]
