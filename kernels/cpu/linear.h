@@ -4,7 +4,7 @@
 #include "linear_layer.h"
 #include "linear_tiles.h"
 
-constexpr long kItemRows = 256;  // rows of a work item
+constexpr long kItemRows = 1024;  // rows of a work item
 
 // Panels that one work item computes: what stays in the second-level cache when many blocks of rows pass over
 // them, and few enough to balance the threads.

@@ -33,6 +33,11 @@ template <class T, class Out>
 static inline void finish(const float* c, const PackedLinear& layer, long panel, Out* out, int rows) {
   const T* bias = static_cast<const T*>(layer.bias);
   const long first = panel * kPanel, columns = layer.n - first < kPanel ? layer.n - first : kPanel;
+  if (columns == kPanel && !layer.scales && !bias) {
+    for (int r = 0; r < rows; r++, c += kPanel, out += layer.n)
+      for (long j = 0; j < kPanel; j += 2 * W) store_two(out + first + j, load(c + j), load(c + j + W));
+    return;
+  }
   for (int r = 0; r < rows; r++, c += kPanel, out += layer.n) {
     long j = 0;
     for (; j + W <= columns; j += W) store(out + first + j, finished<T>(c + j, layer, first + j));

@@ -114,7 +114,8 @@ static void multiply_tiles(const PackedLinear& layer, const uint32_t* panels, lo
   for (long r = 0; r < rows; r += kTileRows, x += kTileRows * x_row, out += kTileRows * out_width(layer)) {
     const int count = (int)(rows - r < kTileRows ? rows - r : kTileRows);
     TileBlock block = {reinterpret_cast<const uint32_t*>(x), x_row / 2, 16};
-    if (chunk < units || count < kTileRows) {
+    const bool crowded = x_row * (long)sizeof(bf16) % 2048 == 0;  // rows would push each other out of the cache
+    if (count < kTileRows || (chunk < units && crowded)) {
       uint32_t* packed = static_cast<uint32_t*>(scratch(7, (size_t)(kTileRows * units) * sizeof(uint32_t)));
       pack_tile_rows(block.data, block.row, count, units, packed);
       block = {packed, 16, 16 * kTileRows};

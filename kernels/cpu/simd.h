@@ -110,6 +110,16 @@ static inline void store(bf16* p, VF v) {
 #endif
 }
 
+// 2 * W floats
+static inline void store_two(float* p, VF low, VF high) { store(p, low), store(p + W, high); }
+static inline void store_two(bf16* p, VF low, VF high) {
+#if defined(SS_AVX512BF16)
+  store_as(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  store(p, low), store(p + W, high);
+#endif
+}
+
 static inline float sum_lanes(VF v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -180,21 +190,16 @@ static inline VF vexp2_coarse(VF x) {
 #endif
 }
 
-// x / (1 + e^-x), by the exponential of a number below 0, which can't overflow; kCoarse: as exact as bfloat16 is.
+// x / (1 + e^-x); kCoarse: as exact as bfloat16 is. An exponential that overflows is infinite where it may, and
+// not needed elsewhere.
 template <bool kCoarse>
 static inline VF silu(VF x) {
-  const VF below = -vmax(x, -x);
-  if constexpr (kCoarse) {
-    const VF e = vexp2_coarse(below * 1.44269504f), top = select(x < splat(0.0f), e, splat(1.0f));
-#if defined(__AVX512F__)
-    return x * top * (VF)_mm512_rcp14_ps((__m512)(1.0f + e));
-#else
-    return x * top / (1.0f + e);
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  if constexpr (kCoarse) return x * (VF)_mm512_rcp14_ps((__m512)(1.0f + vexp2_coarse(x * -1.44269504f)));
 #endif
-  } else {
-    const VF e = vexp(below);
-    return x * select(x < splat(0.0f), e, splat(1.0f)) / (1.0f + e);
-  }
+  const VF below = -vmax(x, -x);
+  const VF e = kCoarse ? vexp2_coarse(below * 1.44269504f) : vexp(below);
+  return x * select(x < splat(0.0f), e, splat(1.0f)) / (1.0f + e);
 }
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
