@@ -19,17 +19,17 @@ from splitserve.text import Tokenizer
 CONTEXT = 32_768  # tokens
 
 
-def echo_spec(tokenizer: Tokenizer) -> ModelSpec:
-    """A model named ``echo`` with this tokenizer."""
+def echo_spec(tokenizer: Tokenizer, context: int = CONTEXT) -> ModelSpec:
+    """A model named ``echo`` with this tokenizer and ``context`` tokens."""
     return ModelSpec(
         name="echo",
         fingerprint="00" * 32,
         tokenizer=tokenizer,
         eos_token_ids=frozenset({2}),
-        max_model_len=CONTEXT,
+        max_model_len=context,
         vocab_size=32_000,
         block_tokens=16,
-        max_sequence_tokens=CONTEXT,
+        max_sequence_tokens=context,
     )
 
 

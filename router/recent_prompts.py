@@ -8,6 +8,7 @@ Invariant: what a worker is said to own of a prompt is a prefix of it (a block n
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import count
 from typing import Generic, TypeVar
@@ -17,19 +18,20 @@ Block = TypeVar("Block", bound=Hashable)
 
 class RecentPrompts(Generic[Block]):
     def __init__(self) -> None:
-        self._ends: dict[Block, dict[str, float]] = {}  # block -> worker id -> until
+        self._ends: dict[str, dict[Block, float]] = {}  # worker id -> block -> until
         self._due: list[tuple[float, int, str, Sequence[Block]]] = []  # heap
         self._serial = count()
 
     def __len__(self) -> int:
-        """Blocks that are remembered."""
-        return len(self._ends)
+        """Blocks that are remembered, for each worker."""
+        return sum(map(len, self._ends.values()))
 
     def add(self, worker: str, blocks: Sequence[Block], until: float) -> None:
         """``worker`` will own these leading blocks of a prompt; after ``until`` others must know."""
-        for block in blocks:
-            ends = self._ends.setdefault(block, {})
-            ends[worker] = max(until, ends.get(worker, until))
+        ends = self._ends.setdefault(worker, {})
+        # ends fall along a prompt, so those that are too early are its tail: one call for thousands of blocks
+        first = bisect_left(range(len(blocks)), True, key=lambda i: ends.get(blocks[i], until - 1) < until)
+        ends.update(dict.fromkeys(blocks[first:], until))
         heapq.heappush(self._due, (until, next(self._serial), worker, blocks))
 
     def longest_prefix(self, blocks: Sequence[Block], now: float) -> dict[str, int]:
@@ -37,27 +39,21 @@ class RecentPrompts(Generic[Block]):
         self._forget(now)
         if not blocks:
             return {}
-        return {worker: self._count(worker, blocks) for worker in self._ends.get(blocks[0], ())}
-
-    def _count(self, worker: str, blocks: Sequence[Block]) -> int:
-        owned, bound = 1, len(blocks)
-        while owned < bound:
-            middle = (owned + bound + 1) // 2
-            if worker in self._ends.get(blocks[middle - 1], ()):
-                owned = middle
-            else:
-                bound = middle - 1
-        return owned
+        owners = [(worker, ends) for worker, ends in self._ends.items() if blocks[0] in ends]
+        return {
+            worker: bisect_left(blocks, True, key=lambda block, ends=ends: block not in ends)  # type: ignore[misc]
+            for worker, ends in owners
+        }
 
     def _forget(self, now: float) -> None:
         while self._due and self._due[0][0] <= now:
             until, _, worker, blocks = heapq.heappop(self._due)
+            ends = self._ends.get(worker, {})
             for block in blocks:
-                ends = self._ends.get(block)
-                if ends is not None and ends.get(worker, until + 1) <= until:
-                    del ends[worker]
-                    if not ends:
-                        del self._ends[block]
+                if ends.get(block, until + 1) <= until:
+                    del ends[block]
+            if not ends:
+                self._ends.pop(worker, None)
 
 
 def either(known: Mapping[str, int], recent: Mapping[str, int]) -> dict[str, int]:

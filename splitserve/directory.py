@@ -146,11 +146,16 @@ class Directory:
         return {id: int(reply) for id, reply in zip(worker_ids, replies, strict=True) if reply is not None}
 
     async def longest_prefix(self, hashes: Sequence[bytes], workers: Sequence[tuple[str, int]]) -> dict[str, int]:
-        """Number of leading blocks of a chain that each ``(worker id, epoch)`` owns, in one round trip."""
+        """Number of leading blocks of a chain that each ``(worker id, epoch)`` owns, in one round trip.
+
+        All hashes are equally long.
+        """
         if not hashes or not workers:
             return {id: 0 for id, _ in workers}
         keys = [_blocks_key(id, epoch) for id, epoch in workers]
-        counts = await self._redis.run(ScriptCall(self._longest_prefix, keys, hashes))
+        # one argument, since packing thousands of them would take longer than the look-up
+        args: list[bytes | int] = [len(hashes[0]), b"".join(hashes)]
+        counts = await self._redis.run(ScriptCall(self._longest_prefix, keys, args))
         return {id: int(count) for (id, _), count in zip(workers, counts, strict=True)}
 
     async def set_transfer(

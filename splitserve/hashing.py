@@ -26,7 +26,9 @@ def child_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
 def block_hashes(root: BlockHash, tokens: Sequence[int], block_tokens: int) -> list[BlockHash]:
     """Hashes of the full blocks of ``tokens``, in order; a partial last block has none."""
     hashes, parent = [], root
-    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        parent = child_hash(parent, tokens[start : start + block_tokens])
+    packed = array("I", tokens)
+    data, size = packed.tobytes(), block_tokens * packed.itemsize
+    for start in range(0, len(data) - size + 1, size):
+        parent = hashlib.sha256(parent + data[start : start + size]).digest()
         hashes.append(parent)
     return hashes
