@@ -17,6 +17,7 @@ import uvicorn
 
 from splitserve.config import TlsFiles
 from splitserve.errors import ConfigError
+from splitserve.http_protocol import BoundedHttpProtocol
 from splitserve.tls import check_files
 
 BACKLOG = 2048
@@ -78,6 +79,7 @@ class HttpServer:
             log_config=None,
             access_log=False,
             lifespan="off",
+            http=BoundedHttpProtocol,
             ws="none",
             server_header=False,
             timeout_graceful_shutdown=max(1, round(self._grace)),
