@@ -73,8 +73,9 @@ async def text_prompt(
 
 def token_prompt(spec: ModelSpec, tokens: Sequence[int], field: str = "prompt") -> Prompt:
     """Raises ``InvalidRequest`` for no tokens or ids out of the vocabulary, or too many of them."""
+    prompt = _fitting(spec, Prompt(tokens), field)  # first: it looks at no token, and there may be millions
     check_tokens(spec, tokens, field)
-    return _fitting(spec, Prompt(tokens), field)
+    return prompt
 
 
 def check_tokens(spec: ModelSpec, tokens: Sequence[int], field: str) -> None:

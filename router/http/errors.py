@@ -21,6 +21,8 @@ from splitserve.errors import NotFound, SplitServeError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
+MAX_MESSAGE = 2048  # characters of a message: some repeat what the client sent
+MAX_PARAM = 256
 CLIENT_GONE = 499  # nobody reads it; for logs and tests
 _KINDS = {404: "not_found_error", 408: "timeout_error"}
 
@@ -30,7 +32,8 @@ class ClientGone(Exception):
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:
-    return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
+    param = None if param is None else param[:MAX_PARAM]
+    return orjson.dumps({"error": {"message": message[:MAX_MESSAGE], "type": kind, "param": param, "code": code}})
 
 
 def error_response(

@@ -8,12 +8,12 @@ Invariant: a field that is absent and one that is null mean the same, the defaul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from splitserve.errors import InvalidRequest
-from splitserve.sampling import MAX_N
+from splitserve.sampling import MAX_LOGIT_BIAS, MAX_N
 
 # Passed on to SamplingParams under the same name.
 _SAMPLING_FIELDS = (
@@ -29,6 +29,17 @@ _SAMPLING_FIELDS = (
     "repetition_penalty",
 )
 _TOKEN_IDS = 2**32  # ids are 32 bits wide on the wire
+
+_Item = TypeVar("_Item")
+# A wrong entry ends the look at a list: there may be millions, and an error for each costs seconds and gigabytes.
+Many = Annotated[list[_Item], Field(fail_fast=True)]
+
+
+def _few(bias: Any) -> Any:
+    """Before the entries are looked at, for the same reason."""
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+        raise ValueError(f"takes at most {MAX_LOGIT_BIAS} tokens")
+    return bias
 
 
 class _Body(BaseModel):
@@ -56,14 +67,14 @@ class GenerationBody(_Body):
     min_p: float | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -106,7 +117,7 @@ class GenerationBody(_Body):
 class CompletionRequest(GenerationBody):
     """``POST /v1/completions``"""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
@@ -129,7 +140,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Many[ContentPart] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Content as one string; raises ``InvalidRequest`` on ``messages``."""
@@ -161,11 +172,11 @@ class ResponseFormat(BaseModel):
 class ChatRequest(GenerationBody):
     """``POST /v1/chat/completions``"""
 
-    messages: list[ChatMessage]
+    messages: Many[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Many[dict[str, Any]] | None = None
     response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
 
@@ -174,7 +185,7 @@ class TokenizeRequest(_Body):
     """``POST /tokenize``: of a text, or of a conversation as the chat template writes it."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Many[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -183,7 +194,7 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     """``POST /detokenize``"""
 
-    tokens: list[int]
+    tokens: Many[int]
 
 
 def _token_keys(bias: Mapping[str, float]) -> dict[int, float]:

@@ -15,6 +15,7 @@ from router.http.service import GenerationService
 from splitserve.errors import InvalidRequest
 
 MAX_CHARS = 2**20  # about half a second of tokenising
+MAX_TOKENS = 2**18  # about as long
 
 
 def tokenize_routes(service: GenerationService) -> APIRouter:
@@ -39,6 +40,8 @@ def tokenize_routes(service: GenerationService) -> APIRouter:
     @router.post("/detokenize", summary="Turn token ids into text")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         spec = await service.find_model(body.model)
+        if len(body.tokens) > MAX_TOKENS:
+            raise InvalidRequest(f"{len(body.tokens)} tokens were given; at most {MAX_TOKENS} may be", "tokens")
         check_tokens(spec, body.tokens, "tokens")
         return {"prompt": spec.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 

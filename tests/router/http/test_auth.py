@@ -66,3 +66,11 @@ async def test_tenants_never_share_a_salt(spec: ModelSpec) -> None:
     salts = [request.cache_salt for request in backend.requests]
     assert len(set(salts[:6])) == 6
     assert salts[6] == salts[1]
+
+
+@pytest.mark.parametrize("host", ["x/live?", "x/live#", "x/health?a=", "x/ready/../", "@x/live?"])
+async def test_a_host_header_with_a_path_opens_nothing(spec: ModelSpec, host: str) -> None:
+    """Frameworks rebuild the URL from it; what is asked for stands in the request line."""
+    http, _, _ = client(spec)
+    async with http:
+        assert (await http.get("/v1/models", headers={"Host": host})).status_code == 401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -219,3 +220,49 @@ async def test_several_models_must_be_told_apart(serve: Any, spec: Any) -> None:
     async with serve(None, spec, replace(spec, name="other")) as front:
         response = await front.http.post(COMPLETIONS, json={"prompt": "a"})
         assert (response.status_code, check_shape(response)["param"]) == (400, "model")
+
+
+MANY = 300_000  # entries: an error for each took ten seconds and most of a gigabyte
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": [{}] * MANY}),
+        (COMPLETIONS, {"prompt": [[{}]] * MANY}),
+        (COMPLETIONS, {"prompt": [5] * MANY}),
+        (COMPLETIONS, {"prompt": "a", "stop": [5] * MANY}),
+        (COMPLETIONS, {"prompt": "a", "stop_token_ids": ["a"] * MANY}),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {str(n): "a" for n in range(MANY)}}),
+        (CHAT, {"messages": [5] * MANY}),
+        (CHAT, {"messages": [{"role": "user", "content": [5] * MANY}]}),
+        ("/detokenize", {"tokens": [5] * MANY}),
+    ],
+    ids=[
+        "wrong",
+        "wrong inside",
+        "tokens",
+        "stop",
+        "stop_token_ids",
+        "logit_bias",
+        "messages",
+        "content",
+        "detokenize",
+    ],
+)
+async def test_millions_of_wrong_entries_cost_no_more_than_one(
+    front: Any, path: str, body: dict[str, Any]
+) -> None:
+    before = time.thread_time()
+    answer = await front.http.post(path, json={"model": "echo", **body})
+    assert answer.status_code == 400
+    assert len(answer.content) < 1000
+    assert time.thread_time() - before < 3  # of this thread's computing: the client's JSON and the server's
+
+
+async def test_what_is_repeated_to_the_client_is_cut(front: Any) -> None:
+    name = "x" * 100_000
+    for body in ({"model": name}, {"logit_bias": {name: "a"}}, {"response_format": {"type": name}}):
+        answer = await front.http.post(CHAT, json={"model": "echo", "messages": HI, **body})
+        assert answer.status_code in (400, 404)
+        assert len(answer.content) < 3000
