@@ -21,6 +21,7 @@ from router.request_limit import RequestLimit
 from router.retry_budget import RetryBudget
 from router.snapshot import ClusterView
 from router.vigil import Vigil
+from splitserve.addresses import is_loopback
 from splitserve.api_keys import Keyring
 from splitserve.children import tell_ready
 from splitserve.config import RouterConfig
@@ -45,6 +46,8 @@ async def serve(config: RouterConfig) -> None:
     metrics = RouterMetrics(registry)
     channels = Channels(config.tls)
     keyring = Keyring(config.api_keys)
+    if not keyring and not is_loopback(config.host):
+        log.warning("whoever reaches %s may use the API: give --api-key or --api-key-file", config.host)
     async with (
         Directory(config.redis_url, tls=config.tls) as directory,
         ClusterView(directory) as view,

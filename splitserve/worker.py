@@ -21,7 +21,7 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 import splitserve
-from splitserve.addresses import advertised_host, join
+from splitserve.addresses import advertised_host, is_loopback, join
 from splitserve.agent import WorkerAgent
 from splitserve.api_keys import Keyring
 from splitserve.children import tell_ready
@@ -131,6 +131,10 @@ async def run_worker(
     worker_id = config.worker_id or f"{config.role}-{socket.gethostname()}-{os.getpid()}"
     config = replace(config, worker_id=worker_id)
     setup_logging(config.role, worker_id, config.log.level, config.log.json)
+    if config.tls is None and not is_loopback(config.host):
+        log.warning(
+            "whoever reaches %s may use this worker: keep it on a private network, or give --tls-*", config.host
+        )
     stopping = stop_event()
     registry = new_registry()
     not_ready = ["the model is being loaded"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from splitserve.addresses import advertised_host, is_wildcard, join
+from splitserve.addresses import advertised_host, is_loopback, is_wildcard, join
 from splitserve.errors import ConfigError
 
 LOCAL_REDIS = "redis://127.0.0.1:6379/0"
@@ -45,6 +45,16 @@ def test_wildcards(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "worker-0"])
 def test_addresses_and_names_are_no_wildcards(host: str) -> None:
     assert not is_wildcard(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
+def test_only_this_machine_reaches_loopback(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "worker-0", ""])
+def test_others_may_reach_the_rest(host: str) -> None:
+    assert not is_loopback(host)
 
 
 def test_an_ipv6_address_is_joined_in_brackets() -> None:
