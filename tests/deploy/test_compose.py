@@ -157,3 +157,15 @@ def test_the_overlay_for_shared_memory_joins_both_namespaces(services: dict[str,
     for role in WORKERS:
         assert (overlay[role]["ipc"], overlay[role]["pid"]) == ("service:namespaces", "service:namespaces")
     assert overlay["namespaces"]["ipc"] == "shareable"
+
+
+def test_the_overlay_with_keys_and_certificates_sets_flags_that_the_router_has(services: dict[str, Any]) -> None:
+    overlay = _load("deploy/compose.secured.yaml")
+    router = overlay["services"]["router"]
+    commands: Any = typer.main.get_command(app)
+    known = {p.envvar for p in commands.commands["router"].params}
+    assert set(router["environment"]) <= known
+    mounted = {f"/run/secrets/{name}" for name in router["secrets"]}
+    assert set(router["environment"].values()) == mounted
+    assert set(router["secrets"]) == set(overlay["secrets"])
+    assert set(overlay["services"]) <= set(services)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import ssl
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 
 from kernels.cpu.build import ISAS
@@ -86,7 +89,7 @@ def test_the_image_does_not_run_as_root(instructions: list[tuple[str, str]]) -> 
     assert users and users[-1].split(":")[0] not in ("0", "root")
 
 
-@pytest.mark.parametrize("path", ["compose.yaml", "deploy/compose.shm.yaml"])
+@pytest.mark.parametrize("path", ["compose.yaml", "deploy/compose.shm.yaml", "deploy/compose.secured.yaml"])
 def test_no_service_goes_back_to_root(path: str) -> None:
     for name, service in yaml.safe_load((ROOT / path).read_text())["services"].items():
         assert service.get("user", "") not in ("root", "0"), name
@@ -108,14 +111,23 @@ class _Answers(BaseHTTPRequestHandler):
         return
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
+@contextmanager
+def _serving(context: ssl.SSLContext | None = None) -> Iterator[str]:
+    """``host:port`` of a server that speaks HTTPS if it is given a context."""
     with HTTPServer(("127.0.0.1", 0), _Answers) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with _serving() as address:
+        yield f"http://{address}"
 
 
 def _ready(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -133,6 +145,16 @@ def test_the_url_may_come_from_the_environment_and_no_proxy_is_asked(url: str) -
 
 def test_one_that_is_not_ready_says_why(url: str) -> None:
     done = _ready(f"{url}/starting")
+    assert (done.returncode, done.stderr) == (1, "the model is being loaded\n")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_one_that_speaks_tls_is_asked_over_tls(scheme: str) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("router.example").configure_cert(context)
+    with _serving(context) as address:
+        assert _ready(f"{scheme}://{address}/ready").returncode == 0
+        done = _ready(f"{scheme}://{address}/starting")
     assert (done.returncode, done.stderr) == (1, "the model is being loaded\n")
 
 
