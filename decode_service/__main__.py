@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from decode_service.role import DecodeRole
 from engine import AsyncEngine, create_engine
-from kvtransfer import BlockMemory, PullClient, default_transports, make_transports
+from kvtransfer import BlockMemory, PullClient, default_transports, make_transports, prefer_loopback
+from splitserve.addresses import is_loopback
 from splitserve.config import WorkerConfig
 from splitserve.metrics import TransferMetrics
 from splitserve.process import run_process
@@ -13,7 +14,9 @@ from splitserve.worker import WorkerContext, run_worker
 
 def make_role(context: WorkerContext, engine: AsyncEngine) -> DecodeRole:
     config, description, runner = context.config, context.description, engine.engine.runner
-    assert config.worker_id is not None
+    assert config.worker_id is not None and config.advertise_host is not None
+    if is_loopback(config.advertise_host):
+        prefer_loopback()
     transports = make_transports(config.transports) if config.transports else default_transports()
     pulls = PullClient(
         BlockMemory(runner.memory(), runner.layout, runner.num_blocks),

@@ -16,6 +16,7 @@ from kvtransfer.server import BlockServer
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import Connection, Listener, Transport
 from kvtransfer.ucx import UcxTransport
+from kvtransfer.ucx_loopback import prefer_loopback
 
 __all__ = [
     "BlockMemory",
@@ -37,4 +38,5 @@ __all__ = [
     "available_transports",
     "default_transports",
     "make_transports",
+    "prefer_loopback",
 ]

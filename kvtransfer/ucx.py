@@ -7,8 +7,8 @@ but the peer can hit a posted receive.
 Endpoints use error handling, so UCX takes only lanes that survive the loss of a peer. Those do not write into a
 stranger's memory by themselves (as process_vm_writev does), which a closed connection could not stop.
 
-UCX has no authentication and its listener takes every interface: the secret in the handshake decides who may
-pull, and the network should be a private one.
+UCX has no authentication, and its listener takes every interface unless the host is loopback: the secret in the
+handshake decides who may pull, and the network should be a private one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import Any
 from kvtransfer.faults import ConnectionLost, ProtocolError
 from kvtransfer.inbox import Inbox
 from kvtransfer.transport import MAX_FRAME, MAX_SLOT, Connection, Listener, Transport, split_address
+from kvtransfer.ucx_loopback import confine
+from splitserve.addresses import is_loopback
 from splitserve.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -298,6 +300,8 @@ class UcxListener(Listener):
         self._listener: Any = driver.ucx.UCXListener.create(
             worker=driver.worker, port=0, cb_func=self._accept, cb_args=(), deliver_endpoint=True
         )
+        if is_loopback(host):
+            confine(self._listener.port)
         self.address = f"[{host}]:{self._listener.port}" if ":" in host else f"{host}:{self._listener.port}"
 
     async def close(self) -> None:
@@ -345,10 +349,9 @@ class UcxTransport(Transport):
             listener = UcxListener(self._running(), host, on_connection)
         except load_ucxx().UCXError as error:
             raise OSError(f"UCX cannot listen: {error}") from error
-        logger.info(
-            "UCX listens on every interface, port %s; the handshake's secret guards it",
-            listener.address.rpartition(":")[2],
-        )
+        if not is_loopback(host):
+            port = listener.address.rpartition(":")[2]
+            logger.info("UCX listens on every interface, port %s; the handshake's secret guards it", port)
         return listener
 
     async def connect(self, address: str) -> Connection:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from engine import AsyncEngine, create_engine
-from kvtransfer import BlockMemory, BlockServer, default_transports, make_transports
+from kvtransfer import BlockMemory, BlockServer, default_transports, make_transports, prefer_loopback
 from prefill_service.role import PrefillRole
+from splitserve.addresses import is_loopback
 from splitserve.config import WorkerConfig
 from splitserve.metrics import TransferMetrics
 from splitserve.process import run_process
@@ -13,7 +14,9 @@ from splitserve.worker import WorkerContext, run_worker
 
 def make_role(context: WorkerContext, engine: AsyncEngine) -> PrefillRole:
     config, description, runner = context.config, context.description, engine.engine.runner
-    assert config.worker_id is not None
+    assert config.worker_id is not None and config.advertise_host is not None
+    if is_loopback(config.advertise_host):
+        prefer_loopback()
     transports = make_transports(config.transports) if config.transports else default_transports()
     blocks = BlockServer(
         BlockMemory(runner.memory(), runner.layout, runner.num_blocks),
@@ -21,7 +24,7 @@ def make_role(context: WorkerContext, engine: AsyncEngine) -> PrefillRole:
         config.worker_id,
         epoch=0,  # until the directory gives one
         transports=transports,
-        host=config.advertise_host or config.host,
+        host=config.advertise_host,
         lease_seconds=config.transfer_lease_seconds,
         observer=TransferMetrics(context.registry, description.model, config.role),
     )
