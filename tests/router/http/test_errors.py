@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from router.echo import EchoConfig
+from router.http.tokenize import MAX_TOKENS
 from splitserve.errors import EngineError, Overloaded, Unavailable
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -236,7 +237,7 @@ MANY = 100_000  # entries: an error for each took four seconds and hundreds of m
         (COMPLETIONS, {"prompt": "a", "logit_bias": {str(n): "a" for n in range(MANY)}}),
         (CHAT, {"messages": [5] * MANY}),
         (CHAT, {"messages": [{"role": "user", "content": [5] * MANY}]}),
-        ("/detokenize", {"tokens": [5] * MANY}),
+        ("/detokenize", {"tokens": [5] * (MAX_TOKENS + 1)}),
     ],
     ids=[
         "wrong",
