@@ -118,13 +118,14 @@ class Channels:
         return len(legs)
 
     async def answers(self, address: str, timeout: float) -> bool:
-        """Whether the process at ``address`` says anything at all, be it that it is not ready."""
+        """Whether anything comes from ``address``, be it that it is not ready. A refused connection is an answer
+        too: a worker that drains takes no new one while its open legs go on, and one that is gone has none."""
         stub = health_pb2_grpc.HealthStub(self._at(address))
         self._asked.add(address)
         try:
             await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.aio.AioRpcError as error:
-            return error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+            return error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
         finally:
             self._asked.discard(address)
         return True

@@ -1,14 +1,15 @@
 """What a router believes of its cluster: the latest worker states and its own requests in flight.
 
 Owns one task that reads the directory; knows no policy. Invariant: a worker leaves the view only because the
-directory, being healthy, has dropped it or because its lease has ended, never because Redis is away or has lost
-its memory; a model's pool leaves out those that its breakers have ejected.
+directory, being healthy, has dropped it or because its lease has ended, never because Redis is away, is just back,
+or has lost its memory; a model's pool leaves out those that its breakers have ejected.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from router.breaker import Breakers, Incarnation
+from router.estimates import estimated
 from splitserve.cluster import Role, WorkerLoad, WorkerState
 from splitserve.directory import Directory
 from splitserve.errors import Unavailable
@@ -68,6 +70,7 @@ class ClusterView:
         self._mismatches: set[tuple[str, frozenset[str]]] = set()
         self._refreshed_at: float | None = None
         self._failing = False
+        self._back_at = -math.inf  # loop time at which Redis was last found again
         self.changed = asyncio.Event()  # set when workers joined or left; whoever waits clears it
         self._refreshing: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -170,7 +173,7 @@ class ClusterView:
         try:
             found = {
                 state.info.id: _Sighting(state, asked_at - state.age_seconds)
-                for state in await self._directory.workers()
+                for state in estimated(await self._directory.workers())
             }
             gone = [id for id in self._seen if id not in found]
             known = await self._directory.epochs(gone)
@@ -179,17 +182,19 @@ class ClusterView:
                 logger.warning("the directory is away (%s): going on with what was known", error.message)
             self._failing = True
             return
+        if self._failing:
+            self._back_at = loop.time()
+            logger.info("the directory is back")
         for id in gone:
-            # An epoch counter outlives its worker. Where it is missing, Redis has lost its memory, and the worker
-            # may live: it gets the rest of its lease to register again.
-            if id not in known and loop.time() - self._seen[id].beat_at < self._directory.lease_seconds:
+            # No lease was renewed while Redis was away, and an epoch counter that is missing says that Redis has
+            # lost its memory: the worker may live, and gets the time of a lease to say so.
+            believed_at = self._back_at if id in known else max(self._back_at, self._seen[id].beat_at)
+            if loop.time() - believed_at < self._directory.lease_seconds:
                 found[id] = self._seen[id]
         before, self._seen = self._seen, found
         self._note_changes(before, found)
         self.breakers.keep({(s.state.info.id, s.state.info.epoch) for s in found.values()}, loop.time())
         self._refreshed_at = loop.time()
-        if self._failing:
-            logger.info("the directory is back")
         self._failing = False
 
     def _note_changes(self, seen: dict[str, _Sighting], found: dict[str, _Sighting]) -> None:
@@ -216,8 +221,9 @@ class ClusterView:
             self._in_flight.get((sighting.state.info.id, sighting.state.info.epoch), ()),
         )
         age = now - sighting.beat_at
-        if self._failing and age > self._directory.lease_seconds:
-            # What the worker said of its load is history; what we have sent there is all that is known.
+        if age > self._directory.lease_seconds:
+            # Redis is away, or just back. What the worker said of its load is history; what we have sent there is
+            # all that is known.
             unseen: Sequence[_InFlight] = list(entries)
             load = replace(state.load, num_running=0, num_waiting=0, queued_tokens=0, used_blocks=0)
         else:

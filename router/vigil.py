@@ -36,7 +36,6 @@ class Vigil:
                 await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _ask(self, address: str) -> None:
-        began = asyncio.get_running_loop().time()
         if await self._channels.answers(address, self._patience):
             self._misses[address] = 0
             return
@@ -45,4 +44,3 @@ class Vigil:
             self._misses[address] = 0
             count = self._channels.lose(address)
             log.warning("the worker at %s has fallen silent: %d legs given up", address, count)
-        await asyncio.sleep(began + self._patience - asyncio.get_running_loop().time())  # refused at once

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from splitserve.config import RouterConfig, WorkerConfig
 from splitserve.errors import ConfigError
@@ -60,20 +60,10 @@ class Child:
 
     async def start(self) -> None:
         reading, writing = os.pipe()
-        config = replace(self.config, ready_fd=writing)
         stderr = None if self.log_path is None else self.log_path.open("ab")
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                self.module,
-                self.name,  # for whoever reads a list of processes
-                env=config_environment(config),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                pass_fds=(writing,),
-                start_new_session=True,  # Ctrl-C is the parent's to hear
+            self._process = await self._spawn(
+                config_environment(replace(self.config, ready_fd=writing)), writing, stderr
             )
         finally:
             os.close(writing)
@@ -83,6 +73,22 @@ class Child:
         self._transport, _protocol = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(self._pipe),  # type: ignore[arg-type]
             os.fdopen(reading, "rb", 0),
+        )
+
+    async def _spawn(
+        self, environment: dict[str, str], ready_fd: int, output: IO[bytes] | None
+    ) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            self.module,
+            self.name,  # for whoever reads a list of processes
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=(ready_fd,),
+            start_new_session=True,  # Ctrl-C is the parent's to hear
         )
 
     async def ready(self, timeout: float) -> Mapping[str, str]:

@@ -30,8 +30,8 @@ __all__ = ["GrpcServer", "check_health", "error_from_rpc", "open_channel"]
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-KEEPALIVE_MS = 10_000
-KEEPALIVE_TIMEOUT_MS = 5_000
+KEEPALIVE_MS = 5_000  # with the timeout shorter than a transfer's lease: whoever is cut off is noticed first
+KEEPALIVE_TIMEOUT_MS = 3_000
 
 _COMMON_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

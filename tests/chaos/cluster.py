@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +23,39 @@ from splitserve.grpc_server import open_channel
 from splitserve.local import divide_cores
 from splitserve.redis_server import PrivateRedis
 from splitserve.v1 import inference_pb2, inference_pb2_grpc
-from tests.chaos.faulty_worker import Fault, arm
-from tests.chaos.proxy import FaultProxy
+from tests.chaos.faulty_worker import Fault, arm, link_file, owned_file, poison_file, relayed_file
+from tests.chaos.nursery import Nursery, NurseryChild
+from tests.chaos.proxy import FaultProxy, Streams
 
+SECONDS = float(os.environ.get("SPLITSERVE_CHAOS_SECONDS", "0"))  # of the soak; not 0: all scenarios are long
 READY_SECONDS = 90.0
 STEP_TIMEOUT = 1.5
+DRAIN_TIMEOUT = 4.0
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # of the tiny model: tokens x heads x layers x K and V x head size x float32
 _BUSY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "kv_transfers_active")
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a process has in use."""
+
+    rss: float  # bytes
+    fds: float
+    tasks: float
 
 
 class ChaosCluster:
     """Made by `chaos_cluster`. Addresses stay what they are across restarts."""
 
-    def __init__(self, directory: Path, model: str, redis: PrivateRedis, link: FaultProxy) -> None:
+    def __init__(
+        self, directory: Path, model: str, redis: PrivateRedis, link: FaultProxy, nursery: Nursery
+    ) -> None:
         self.redis = redis
         self.redis_link = link  # between Redis and everybody else
         self.children: dict[str, Child] = {}
         self._directory = directory
         self._model = model
+        self._nursery = nursery
         self._http = httpx.AsyncClient(timeout=10.0)
 
     # -- who there is --------------------------------------------------------------------------------------
@@ -69,6 +86,25 @@ class ChaosCluster:
         """A worker, or the first one of a role, breaks itself at a named point; the file is gone when it has."""
         return arm(self._model, target, Fault(point, at, action))
 
+    def poison(self, prompt: list[int]) -> None:
+        """Until `cure`, a prompt that begins like this kills every worker that computes it."""
+        poison_file(self._model).write_text(json.dumps(prompt))
+
+    def cure(self) -> None:
+        poison_file(self._model).unlink(missing_ok=True)
+
+    def relay(self, worker: str, link: FaultProxy) -> None:
+        """From its next start, others reach the worker's blocks through ``link`` only, until `direct`."""
+        link_file(self._model, worker).write_text(link.address)
+
+    async def relayed(self, worker: str) -> Streams:
+        """What such a link leads to."""
+        host, _, port = relayed_file(self._model, worker).read_text().rpartition(":")
+        return await asyncio.open_connection(host, int(port))
+
+    def direct(self, worker: str) -> None:
+        link_file(self._model, worker).unlink()
+
     def signal(self, name: str, number: signal.Signals) -> None:
         self.children[name].signal(number)
 
@@ -97,22 +133,25 @@ class ChaosCluster:
         return await self.children[name].stop()
 
     async def start(self, name: str, config: WorkerConfig | RouterConfig, module: str | None = None) -> None:
-        child = Child(name, config, self._directory, module)
+        child = NurseryChild(name, config, self._directory, module)
+        child.nursery = self._nursery
         await child.start()
+        if name in self.children:
+            child.addresses = self.children[name].addresses  # should it never get ready
         self.children[name] = child
         await child.ready(READY_SECONDS)
 
-    async def restart(self, name: str) -> None:
+    async def restart(self, name: str, **changes: Any) -> None:
         """A new process with the same name, at the same addresses, in place of one that has ended."""
         old = self.children[name]
-        assert old.returncode is not None
+        assert old.returncode is not None and old.addresses, f"{name} has not ended, or was never ready"
         ports = {kind: int(address.rpartition(":")[2]) for kind, address in old.addresses.items()}
         config: WorkerConfig | RouterConfig
         if isinstance(old.config, WorkerConfig):
             config = replace(old.config, port=ports["grpc"], metrics_port=ports["metrics"])
         else:
             config = replace(old.config, port=ports["http"], grpc_port=ports["grpc"])
-        await self.start(name, config, old.module)
+        await self.start(name, replace(config, **changes), old.module)
 
     # -- what can be seen ----------------------------------------------------------------------------------
 
@@ -125,6 +164,28 @@ class ChaosCluster:
 
     async def retries(self, leg: str = "") -> float:
         return await self.metric("router", "splitserve_request_retries_total", leg)
+
+    async def used(self, process: str) -> Use:
+        names = ("process_resident_memory_bytes", "process_open_fds", "splitserve_asyncio_tasks")
+        return Use(*[await self.metric(process, name) for name in names])
+
+    def planned(self, worker: str) -> list[str]:
+        """Ids of the requests that the router has given to ``worker``, once for each attempt, in order."""
+        return re.findall(rf"planned  request_id=(\w+)\S* .*_worker={worker}\b", self.log("router"))
+
+    def last_planned(self, role: str) -> str:
+        """The worker that got the latest request."""
+        return re.findall(rf"planned .*{role}_worker=(\S+)", self.log("router"))[-1]
+
+    async def owned(self, worker: str, seconds: float = 20.0) -> set[bytes]:
+        """The blocks that a worker itself says that it can offer now."""
+        path = owned_file(self._model, worker)
+        path.unlink(missing_ok=True)
+        self.signal(worker, signal.SIGUSR1)
+        async with asyncio.timeout(seconds):
+            while not path.exists():
+                await asyncio.sleep(0.01)
+        return {bytes.fromhex(line) for line in path.read_text().split()}
 
     async def status(self, process: str, path: str) -> int:
         addresses = self.children[process].addresses
@@ -150,6 +211,7 @@ class ChaosCluster:
     async def heal(self) -> None:
         """Everything as at the start, whatever a test has done."""
         self.redis_link.heal()
+        self.cure()
         for fault in Path(self._model).parent.glob("*.fault"):
             fault.unlink()
         for child in self.children.values():
@@ -171,6 +233,7 @@ class ChaosCluster:
 async def chaos_cluster(
     directory: Path,
     model: str,
+    nursery: Nursery,
     *,
     prefill: int = 2,
     decode: int = 2,
@@ -184,18 +247,18 @@ async def chaos_cluster(
         link = FaultProxy(lambda: asyncio.open_unix_connection(redis.socket))
         await stack.enter_async_context(link)
         url = f"redis://{link.address}"
-        cluster = ChaosCluster(directory, model, redis, link)
+        cluster = ChaosCluster(directory, model, redis, link, nursery)
         options: dict[str, Any] = {
             "served_model_name": "tiny",
             "dtype": "float32",
             "kv_cache_memory": 2000 * BLOCK_BYTES,
             "max_num_batched_tokens": 64,
-            "drain_timeout": 5.0,
+            "drain_timeout": DRAIN_TIMEOUT,
             "step_timeout": STEP_TIMEOUT,
             **worker,
         }
         names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
-        settings = {"decode_only_tokens": 16, "drain_timeout": 5.0, **(router or {})}
+        settings = {"decode_only_tokens": 16, "drain_timeout": DRAIN_TIMEOUT, **(router or {})}
         try:
             async with asyncio.TaskGroup() as group:
                 for name, cores in zip(names, divide_cores(len(names)), strict=True):

@@ -10,8 +10,9 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
-from tests.chaos.cluster import ChaosCluster, chaos_cluster
+from tests.chaos.cluster import SECONDS, ChaosCluster, chaos_cluster
 from tests.chaos.load import Oracle, cases
+from tests.chaos.nursery import Nursery
 from tests.tiny_models import make_tiny
 
 CONTEXT = 4096  # tokens: long answers give time to break something in the middle
@@ -26,9 +27,18 @@ def long_tiny(directory: Path) -> str:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def _session_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ChaosCluster]:
+async def nursery() -> AsyncIterator[Nursery]:
+    """Where all processes of all clusters come from."""
+    async with Nursery() as nursery:
+        yield nursery
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _session_cluster(
+    tmp_path_factory: pytest.TempPathFactory, nursery: Nursery
+) -> AsyncIterator[ChaosCluster]:
     directory = tmp_path_factory.mktemp("chaos")
-    async with chaos_cluster(directory, long_tiny(directory)) as cluster:
+    async with chaos_cluster(directory, long_tiny(directory), nursery) as cluster:
         yield cluster
 
 
@@ -49,7 +59,7 @@ async def channel(cluster: ChaosCluster) -> AsyncIterator[grpc.aio.Channel]:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def oracle(_session_cluster: ChaosCluster) -> Oracle:
     """Requests and their answers in an undisturbed run."""
-    oracle = Oracle(cases(60))
+    oracle = Oracle(cases(200 if SECONDS else 40))
     async with _session_cluster.channel() as channel:
         await oracle.learn(channel)
     return oracle

@@ -21,6 +21,7 @@ from splitserve.v1.sampling_pb2 import SamplingParams
 MODEL = "tiny"
 _salts = itertools.count()  # an answer does not depend on it, a cache hit does
 
+UNAVAILABLE = ("Unavailable", "PeerLost")  # errors that say: try again
 OnToken = Callable[[int], Awaitable[None]]
 
 
@@ -54,6 +55,8 @@ class Answer:
     error: str | None = None
     first: float = 0.0  # seconds
     gap: float = 0.0  # longest time between two messages, seconds
+    seconds: float = 0.0
+    request_id: str = ""
 
 
 async def ask(
@@ -72,7 +75,8 @@ async def ask(
         sampling=case.sampling,
         cache_salt=f"s{next(_salts)}" if salt is None else salt,
     )
-    answer, last = Answer(), loop.time()
+    answer, began = Answer(), loop.time()
+    last = began
     try:
         async for part in inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout):
             now = loop.time()
@@ -81,11 +85,22 @@ async def ask(
             else:
                 answer.first = now - last
             last = now
+            answer.request_id = part.request_id
             answer.tokens += [(token.index, token.id) for token in part.tokens]
             if on_token is not None:
                 await on_token(len(answer.tokens))
     except grpc.aio.AioRpcError as error:
         answer.error = f"{type(error_from_rpc(error)).__name__}: {error.details()}"
+    answer.seconds = loop.time() - began
+    return answer
+
+
+async def ask_any(channels: Sequence[grpc.aio.Channel], case: Case) -> Answer:
+    """Of the first router; where it refuses before the first token, of the next one."""
+    for channel in channels:
+        answer = await ask(channel, case)
+        if answer.error is None or answer.tokens or not answer.error.startswith(UNAVAILABLE):
+            return answer
     return answer
 
 
@@ -113,8 +128,8 @@ class Oracle:
         self.cases = known
         self.expected: dict[int, list[tuple[int, int]]] = {}
 
-    async def learn(self, channel: grpc.aio.Channel) -> None:
-        result = await self.run(channel, at_once=16)
+    async def learn(self, channel: grpc.aio.Channel, at_once: int = 16) -> None:
+        result = await self.run(channel, at_once=at_once)
         assert not result.failed, result.failed
         for case, answer in zip(self.cases, result.answers, strict=True):
             assert [index for index, _ in answer.tokens] == list(range(case.new))
@@ -123,19 +138,24 @@ class Oracle:
     async def run(
         self,
         channel: grpc.aio.Channel,
-        *,
+        *others: grpc.aio.Channel,
         at_once: int = 16,
         some: Sequence[Case] | None = None,
         on_answer: Callable[[int], Awaitable[None]] | None = None,
     ) -> Result:
-        """All cases, ``at_once`` at a time. ``on_answer`` is awaited with the number of answers so far."""
+        """All cases, ``at_once`` at a time. ``on_answer`` is awaited with the number of answers so far.
+
+        ``others``: channels to more routers; the cases begin with each in turn and go on to the next.
+        """
+        channels = [channel, *others]
         asked = self.cases if some is None else some
         answers: list[Answer | None] = [None] * len(asked)
         todo, done = iter(range(len(asked))), itertools.count(1)
 
         async def work() -> None:
             for i in todo:
-                answers[i] = await ask(channel, asked[i])
+                turn = i % len(channels)
+                answers[i] = await ask_any([*channels[turn:], *channels[:turn]], asked[i])
                 if on_answer is not None:
                     await on_answer(next(done))
 

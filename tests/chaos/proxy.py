@@ -24,7 +24,7 @@ class FaultProxy:
     def __init__(self, connect: Callable[[], Awaitable[Streams]]) -> None:
         self._connect = connect
         self.delay = 0.0  # seconds, each way
-        self.rate: float | None = None  # bytes a second, each way
+        self.rate: float | None = None  # bytes a second, of all connections and both ways together
         self.refusing = False  # new connections are closed at once
         self.flips = 0  # so many of the next chunks get one bit changed
         self.passing = asyncio.Event()  # cleared: connected, but silent
@@ -33,6 +33,7 @@ class FaultProxy:
         self.chunks_delayed = 0
         self.bits_flipped = 0
         self.connections_cut = 0
+        self._free_at = 0.0  # loop time at which the bytes accepted so far are through
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -99,7 +100,9 @@ class FaultProxy:
                     self.chunks_delayed += 1
                     await asyncio.sleep(self.delay)
                 if self.rate:
-                    await asyncio.sleep(len(chunk) / self.rate)
+                    now = asyncio.get_running_loop().time()
+                    self._free_at = max(now, self._free_at) + len(chunk) / self.rate
+                    await asyncio.sleep(self._free_at - now)
                 if self.flips:
                     self.flips -= 1
                     self.bits_flipped += 1

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 
 import grpc.aio
 import pytest
 
 from tests.chaos.cluster import ChaosCluster
-from tests.chaos.load import Case, Oracle, ask, cases
+from tests.chaos.load import UNAVAILABLE, Case, Oracle, ask, cases
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 KILLED = -signal.SIGKILL
+POISON = [7] * 40
 [LONG] = cases(1, seed=5)
 LONG = Case(1, LONG.prompt * 3, 100)  # drawn with a seed
 
@@ -53,3 +55,28 @@ async def test_a_decode_worker_killed_under_load_costs_nobody_an_answer(
     result = await oracle.run(channel, on_answer=kill)
     result.assert_all_right()
     assert await cluster.retries() > before
+
+
+async def test_all_prefill_workers_killed_at_once_leave_decode_workers_that_serve_alone(
+    cluster: ChaosCluster, channel: grpc.aio.Channel, oracle: Oracle
+) -> None:
+    async def kill(answers: int) -> None:
+        if answers == len(oracle.cases) // 3:
+            await asyncio.gather(*(cluster.kill(f"prefill-{i}") for i in range(2)))
+
+    (await oracle.run(channel, on_answer=kill)).assert_all_right()
+    assert cluster.dead() == ["prefill-0", "prefill-1"]
+    (await oracle.run(channel)).assert_all_right()
+
+
+async def test_a_request_that_kills_its_workers_takes_three_of_them_and_fails_alone(
+    cluster: ChaosCluster, channel: grpc.aio.Channel, oracle: Oracle
+) -> None:
+    """A bug of an engine that one prompt sets off: the request is tried three times, then it is refused."""
+    poison = Case(0, tuple(POISON), 100)
+    cluster.poison(POISON)
+    answer = await ask(channel, poison)
+    cluster.cure()
+    assert answer.error is not None and answer.error.startswith(UNAVAILABLE)
+    assert len(cluster.dead()) == 3
+    (await oracle.run(channel)).assert_all_right()

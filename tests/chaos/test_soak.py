@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
 from collections import Counter
@@ -11,12 +10,11 @@ from collections import Counter
 import grpc.aio
 import pytest
 
-from tests.chaos.cluster import ChaosCluster
+from tests.chaos.cluster import SECONDS, ChaosCluster
 from tests.chaos.load import Oracle
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-SECONDS = float(os.environ.get("SPLITSERVE_CHAOS_SECONDS", "0"))
 PAUSE = 10.0  # between two faults, seconds
 
 

@@ -96,6 +96,31 @@ async def test_a_redis_that_lost_its_memory_takes_no_worker_away_within_its_leas
         assert ids(view) == ["d0"]
 
 
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "the same"])
+async def test_a_redis_that_is_back_takes_no_worker_away_before_it_could_say_that_it_lives(
+    own_redis: PrivateRedis, make_worker: MakeWorker, empty: bool
+) -> None:
+    """Redis was away for longer than a lease: nobody could renew one."""
+    async with (
+        Directory(own_redis.url, lease_seconds=0.5, timeout=0.2) as directory,
+        ClusterView(directory, 3600) as view,
+    ):
+        info = await directory.register(make_worker("d0"))
+        await directory.register(make_worker("d1"))
+        await view.refresh()
+        os.kill(own_redis.pid, signal.SIGKILL if empty else signal.SIGSTOP)
+        assert not await view.refresh()
+        await asyncio.sleep(0.7)
+        await own_redis.restart() if empty else os.kill(own_redis.pid, signal.SIGCONT)
+        while not await view.refresh():
+            await asyncio.sleep(0.02)
+        assert ids(view) == ["d0", "d1"]
+        await asyncio.sleep(0.6)
+        await directory.heartbeat(info, WorkerLoad())
+        await view.refresh()
+        assert ids(view) == ["d0"]
+
+
 async def test_a_view_starts_without_redis(make_worker: MakeWorker) -> None:
     directory = Directory("redis://127.0.0.1:1")
     async with ClusterView(directory) as view:
