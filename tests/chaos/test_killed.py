@@ -78,5 +78,8 @@ async def test_a_request_that_kills_its_workers_takes_three_of_them_and_fails_al
     answer = await ask(channel, poison)
     cluster.cure()
     assert answer.error is not None and answer.error.startswith(UNAVAILABLE)
+    async with asyncio.timeout(20):
+        while len(cluster.dead()) < 3:
+            await asyncio.sleep(0.01)
     assert len(cluster.dead()) == 3
     (await oracle.run(channel)).assert_all_right()
