@@ -7,7 +7,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,9 +132,16 @@ class ChaosCluster:
     async def terminate(self, name: str) -> int:
         return await self.children[name].stop()
 
-    async def start(self, name: str, config: WorkerConfig | RouterConfig, module: str | None = None) -> None:
-        child = NurseryChild(name, config, self._directory, module)
-        child.nursery = self._nursery
+    async def start(
+        self,
+        name: str,
+        config: WorkerConfig | RouterConfig,
+        module: str | None = None,
+        make: Callable[..., Child] = NurseryChild,
+    ) -> None:
+        child = make(name, config, self._directory, module)
+        if isinstance(child, NurseryChild):
+            child.nursery = self._nursery
         await child.start()
         if name in self.children:
             child.addresses = self.children[name].addresses  # should it never get ready
@@ -237,6 +244,7 @@ async def chaos_cluster(
     *,
     prefill: int = 2,
     decode: int = 2,
+    host: str = "127.0.0.1",
     router: dict[str, Any] | None = None,
     **worker: Any,
 ) -> AsyncIterator[ChaosCluster]:
@@ -244,11 +252,12 @@ async def chaos_cluster(
     async with AsyncExitStack() as stack:
         redis = PrivateRedis(directory)
         await stack.enter_async_context(redis)
-        link = FaultProxy(lambda: asyncio.open_unix_connection(redis.socket))
+        link = FaultProxy(lambda: asyncio.open_unix_connection(redis.socket), host)
         await stack.enter_async_context(link)
         url = f"redis://{link.address}"
         cluster = ChaosCluster(directory, model, redis, link, nursery)
         options: dict[str, Any] = {
+            "host": host,
             "served_model_name": "tiny",
             "dtype": "float32",
             "kv_cache_memory": 2000 * BLOCK_BYTES,

@@ -21,8 +21,9 @@ class FaultProxy:
     The faults are plain attributes and act on connections that are open, too. The counters prove that they did.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[Streams]]) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[Streams]], host: str = "127.0.0.1") -> None:
         self._connect = connect
+        self._host = host
         self.delay = 0.0  # seconds, each way
         self.rate: float | None = None  # bytes a second, of all connections and both ways together
         self.refusing = False  # new connections are closed at once
@@ -45,7 +46,7 @@ class FaultProxy:
         return f"{host}:{port}"
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, self._host, 0)
         return self
 
     async def __aexit__(
