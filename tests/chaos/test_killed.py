@@ -65,7 +65,7 @@ async def test_all_prefill_workers_killed_at_once_leave_decode_workers_that_serv
             await asyncio.gather(*(cluster.kill(f"prefill-{i}") for i in range(2)))
 
     (await oracle.run(channel, on_answer=kill)).assert_all_right()
-    assert cluster.dead() == ["prefill-0", "prefill-1"]
+    assert set(cluster.dead()) == {"prefill-0", "prefill-1"}
     (await oracle.run(channel)).assert_all_right()
 
 
