@@ -25,7 +25,7 @@ import psutil
 
 from splitserve.errors import ConfigError
 
-_TERM_SECONDS = 30.0
+_TERM_SECONDS = 2.0  # nobody waits for a server under test to drain; two end before a harness loses patience
 _POLL_SECONDS = 0.05
 
 
