@@ -22,8 +22,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	@$(BIN)/python examples/demo.py
 
+# Two at a time, but for scenarios of whole clusters, which fill the machine. All run, whatever failed before.
 test: install
-	@$(BIN)/python -m pytest
+	@failed=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/chaos || failed=1; \
+	$(BIN)/python -m pytest tests/e2e tests/chaos || failed=1; \
+	exit $$failed
 
 soak: install
 	@SPLITSERVE_SOAK_SECONDS=$${SPLITSERVE_SOAK_SECONDS:-600} $(BIN)/python -m pytest -s tests/e2e/test_soak.py

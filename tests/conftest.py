@@ -117,7 +117,7 @@ def demo_tokenizer() -> Tokenizer:
     kept = cache_dir() / "tests" / "smollm2-tokenizer.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(".new")
+        fresh = kept.with_suffix(f".{os.getpid()}")  # others may be at it too
         command = [sys.executable, "-c", _READ_TOKENIZER, str(resolve_model("smollm2")), str(fresh)]
         subprocess.run(command, check=True, timeout=300)
         fresh.rename(kept)
