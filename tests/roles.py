@@ -98,7 +98,7 @@ async def running_role(
         )
         servicer = PrefillRole(engine, server, *rest)
     else:
-        pulls = PullClient(memory, runner.fingerprint, info.id, 0, [transport], 0.5, transfers)
+        pulls = PullClient(memory, runner.fingerprint, info.id, 0, [transport], 10.0, transfers)
         servicer = DecodeRole(engine, pulls, *rest)
     async with AsyncExitStack() as stack:
         await engine.start()

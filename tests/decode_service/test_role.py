@@ -75,7 +75,7 @@ def call(worker: RunningRole, handle: Publication | None = None, name: str = "r"
                 num_blocks=fields.num_blocks,
             )
         )
-    return worker_pb2_grpc.DecodeStub(worker.channel).Decode(request, timeout=20)
+    return worker_pb2_grpc.DecodeStub(worker.channel).Decode(request, timeout=60)
 
 
 async def tokens_of(stream: Any) -> tuple[list[int], int]:
@@ -219,7 +219,7 @@ async def test_a_prompt_goes_through_both_roles(
         )
         handle = (await first.read()).accepted.handle
         stub = worker_pb2_grpc.DecodeStub(worker.channel)
-        rest, _ = await tokens_of(stub.Decode(pb.DecodeRequest(sequence=sequence, handle=handle), timeout=20))
+        rest, _ = await tokens_of(stub.Decode(pb.DecodeRequest(sequence=sequence, handle=handle), timeout=60))
         token = (await first.read()).done.token.id
         outputs = other.engine.generate(EngineRequest("alone", tokens, GREEDY))
         assert [token, *rest] == [t.token async for output in outputs for t in output.tokens]

@@ -48,8 +48,8 @@ class Source:
         return float(value)
 
     async def idle(self) -> None:
-        """Within two seconds no block is held; the gauge is refreshed twice a second."""
-        async with asyncio.timeout(2):
+        """No block is held any more; the gauge is refreshed twice a second."""
+        async with asyncio.timeout(20):
             while await asyncio.to_thread(self.metric, "kv_cache_usage_perc"):
                 await asyncio.sleep(0.05)
 

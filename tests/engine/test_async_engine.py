@@ -37,7 +37,7 @@ async def answer(engine: AsyncEngine, wanted: EngineRequest) -> list[int]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -90,7 +90,7 @@ async def test_a_reservation_waits_for_blocks(engine: AsyncEngine) -> None:
     waiting = [asyncio.ensure_future(engine.reserve(more))]
     await asyncio.sleep(0.05)
     engine.abandon(first.request_id, 0)
-    reservation = await asyncio.wait_for(waiting[0], 5)
+    reservation = await asyncio.wait_for(waiting[0], 30)
     engine.abandon(reservation.request_id, 0)
 
 
@@ -206,7 +206,7 @@ async def test_a_failure_of_the_thread_is_told_to_everybody(tiny: Callable[..., 
     await anext(outputs)
     core.scheduler.finish = None  # type: ignore[assignment,method-assign]
     broken.abandon("a", 0)  # which calls it
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         with pytest.raises(Unavailable):
             await answer(broken, request("b", [1]))
         with pytest.raises(EngineError):

@@ -102,10 +102,11 @@ def make_pair(
         fault: Fault | None = None,
         fingerprint: bytes = FINGERPRINT,
         client_layout: KVLayout = LAYOUT,
-        progress_timeout: float = 1.0,
+        progress_timeout: float = 10.0,
         **server_options: Any,
     ) -> AsyncIterator[Pair]:
         one, two = two_ends
+        server_options = {"hello_seconds": 20.0, **server_options}
         server_transport = one if fault is None else FaultyTransport(one, fault)
         source = np.random.default_rng(7).integers(0, 256, (BLOCKS, LAYOUT.block_bytes), dtype=np.uint8)
         target = np.zeros((BLOCKS, client_layout.block_bytes), dtype=np.uint8)

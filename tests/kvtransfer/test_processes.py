@@ -16,7 +16,7 @@ from bench.transfer import BLOCKS, FINGERPRINT, LAYOUT, Source, source_pool
 from kvtransfer import BlockMemory, PullClient, Reason, available_transports, make_transports
 from splitserve.errors import TransferFailed
 
-TIMEOUT = 0.5
+PATIENT, HASTY = 30.0, 1.0  # seconds without progress that a pull takes
 
 
 @pytest.fixture(params=available_transports())
@@ -36,10 +36,15 @@ def pool() -> np.ndarray:
 
 
 @pytest.fixture
-async def client(transport_name: str, pool: np.ndarray) -> AsyncIterator[PullClient]:
+def patience() -> float:
+    return PATIENT
+
+
+@pytest.fixture
+async def client(transport_name: str, pool: np.ndarray, patience: float) -> AsyncIterator[PullClient]:
     transports = make_transports([transport_name])
     memory = BlockMemory(pool, LAYOUT, BLOCKS)
-    async with PullClient(memory, FINGERPRINT, "puller", 1, transports, progress_timeout=TIMEOUT) as client:
+    async with PullClient(memory, FINGERPRINT, "puller", 1, transports, progress_timeout=patience) as client:
         yield client
     await transports[0].close()
 
@@ -53,8 +58,8 @@ async def test_blocks_arrive_bit_identical(source: Source, client: PullClient, p
 
 
 @pytest.mark.parametrize(
-    ("signum", "reasons"),
-    [(signal.SIGKILL, {Reason.PEER_LOST}), (signal.SIGSTOP, {Reason.STALLED})],
+    ("signum", "reasons", "patience"),
+    [(signal.SIGKILL, {Reason.PEER_LOST}, PATIENT), (signal.SIGSTOP, {Reason.STALLED}, HASTY)],
 )
 async def test_a_source_that_dies_or_stops_is_noticed_and_writes_no_more(
     source: Source, client: PullClient, pool: np.ndarray, signum: signal.Signals, reasons: set[Reason]
@@ -64,13 +69,13 @@ async def test_a_source_that_dies_or_stops_is_noticed_and_writes_no_more(
     pulling = asyncio.create_task(
         client.pull(handle, range(BLOCKS), on_progress=lambda n: half.set() if n == BLOCKS // 2 else None)
     )
-    await asyncio.wait_for(half.wait(), 10)
+    await asyncio.wait_for(half.wait(), 30)
     os.kill(source.process.pid, signum)
     start = time.monotonic()
     with pytest.raises(TransferFailed) as caught:
         await pulling
     assert caught.value.reason in reasons and caught.value.blocks_received == BLOCKS // 2
-    assert time.monotonic() - start < 10 * TIMEOUT
+    assert time.monotonic() - start < 15, "long before a patient one would have noticed that nothing comes"
     pool[:] = 9
     if signum is signal.SIGSTOP:
         os.kill(source.process.pid, signal.SIGCONT)
@@ -78,13 +83,14 @@ async def test_a_source_that_dies_or_stops_is_noticed_and_writes_no_more(
     assert (pool == 9).all()
 
 
+@pytest.mark.parametrize("patience", [HASTY])
 async def test_a_source_stopped_while_bytes_flow_writes_nothing_when_it_wakes(
     source: Source, client: PullClient, pool: np.ndarray
 ) -> None:
     some = asyncio.Event()
     handle = await source.publish(str(BLOCKS))
     pulling = asyncio.create_task(client.pull(handle, range(BLOCKS), on_progress=lambda _: some.set()))
-    await asyncio.wait_for(some.wait(), 10)
+    await asyncio.wait_for(some.wait(), 30)
     os.kill(source.process.pid, signal.SIGSTOP)
     try:
         await asyncio.gather(pulling, return_exceptions=True)
@@ -104,7 +110,7 @@ async def test_a_source_that_is_gone_cannot_be_connected_to(source: Source, clie
     assert caught.value.reason == Reason.CONNECT
 
 
-async def test_hundreds_of_pulls_leave_nothing_behind(source: Source, client: PullClient) -> None:
+async def test_a_hundred_pulls_leave_nothing_behind(source: Source, client: PullClient) -> None:
     async def round_of(count: int) -> None:
         for turn in range(count):
             handle = await source.publish("2")
@@ -122,7 +128,9 @@ async def test_hundreds_of_pulls_leave_nothing_behind(source: Source, client: Pu
     await round_of(20)
     await asyncio.sleep(0.1)
     before = descriptors()
-    await round_of(200)
-    await asyncio.sleep(0.3)
-    assert all(after <= old + 8 for after, old in zip(descriptors(), before, strict=True))
-    assert len(asyncio.all_tasks()) <= 3
+    await round_of(100)
+    async with asyncio.timeout(30):
+        while any(after > old + 8 for after, old in zip(descriptors(), before, strict=True)):
+            await asyncio.sleep(0.05)
+        while len(asyncio.all_tasks()) > 3:
+            await asyncio.sleep(0.05)

@@ -34,7 +34,7 @@ async def worker(
     info = make_worker("prefill-0", Role.PREFILL)
     async with running_role(Role.PREFILL, model, directory, info, MemoryTransport()) as running:
         yield running
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while running.used_blocks:  # what was left is let go of
                 await asyncio.sleep(0.01)
 

@@ -32,7 +32,7 @@ from splitserve.v1 import worker_pb2 as pb
 from splitserve.v1 import worker_pb2_grpc
 from splitserve.wire import token_to_proto
 
-SECONDS = 15.0
+SECONDS = 60.0
 FIRST = 1000
 PROMPT = tuple(range(100))
 SERVICES = {Role.PREFILL: "splitserve.v1.Prefill", Role.DECODE: "splitserve.v1.Decode"}

@@ -86,7 +86,7 @@ async def test_a_cancelled_call_ends_its_work(spec: ModelSpec) -> None:
         call = stub.Generate(pb.GenerateRequest(text="a", sampling=sampling))
         await call.read()
         call.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while backend.active:
                 await asyncio.sleep(0.005)
     assert backend.cancelled == 1
@@ -95,10 +95,10 @@ async def test_a_cancelled_call_ends_its_work(spec: ModelSpec) -> None:
 async def test_the_callers_deadline_reaches_the_backend(spec: ModelSpec) -> None:
     async with serve(spec, EchoConfig(first_delay=60)) as (stub, backend):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Generate(pb.GenerateRequest(text="a"), timeout=0.3).read()
+            await stub.Generate(pb.GenerateRequest(text="a"), timeout=1.5).read()
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert backend.requests[0].deadline is not None
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while backend.active:
                 await asyncio.sleep(0.005)
 

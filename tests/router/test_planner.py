@@ -125,13 +125,13 @@ async def test_a_model_whose_workers_have_changed_is_not_planned_for(planner: Pl
 async def test_without_the_directory_a_plan_is_still_made(
     own_redis: PrivateRedis, make_worker: MakeWorker, spec: ModelSpec, noticed: bool
 ) -> None:
-    async with Directory(own_redis.url, timeout=0.5) as directory:
+    async with Directory(own_redis.url, timeout=1.0) as directory:
         workers = await joined(directory, make_worker, spec)
         await own(directory, workers[0], spec, 4)
         async with ClusterView(directory, refresh_seconds=3600) as view:
             await own_redis.close()
             if noticed:
                 await view.refresh()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 plan = await Planner(directory, view, PolicyConfig()).plan(request(), spec, TOKENS, ())
     assert plan.prefill is not None and plan.uncached_prefill == 100

@@ -25,7 +25,7 @@ async def view(directory: Directory) -> AsyncIterator[ClusterView]:
         yield view
 
 
-async def eventually(check: Callable[[], bool], seconds: float = 8.0) -> None:
+async def eventually(check: Callable[[], bool], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not check():
             await asyncio.sleep(0.01)
@@ -55,7 +55,7 @@ async def test_workers_that_join_and_leave_are_followed(directory: Directory, ma
 
 
 async def test_a_worker_whose_lease_ends_leaves(redis_url: str, make_worker: MakeWorker) -> None:
-    async with Directory(redis_url, lease_seconds=0.2) as directory, ClusterView(directory, 0.02) as view:
+    async with Directory(redis_url, lease_seconds=1.0) as directory, ClusterView(directory, 0.02) as view:
         await directory.register(make_worker("d0"))
         await eventually(lambda: ids(view) == ["d0"])
         await eventually(lambda: ids(view) == [])
@@ -65,7 +65,7 @@ async def test_without_redis_the_last_known_workers_stay(
     own_redis: PrivateRedis, make_worker: MakeWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with (
-        Directory(own_redis.url, lease_seconds=0.2, timeout=0.2) as directory,
+        Directory(own_redis.url, lease_seconds=1.0, timeout=1.0) as directory,
         ClusterView(directory, 0.02) as view,
     ):
         await directory.register(make_worker("d0"))
@@ -73,7 +73,7 @@ async def test_without_redis_the_last_known_workers_stay(
         os.kill(own_redis.pid, signal.SIGKILL)
         await own_redis.wait()
         await eventually(lambda: view.stale)
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(1.2)
         assert ids(view) == ["d0"]
     assert caplog.text.count("is away") == 1
 
@@ -81,19 +81,18 @@ async def test_without_redis_the_last_known_workers_stay(
 async def test_a_redis_that_lost_its_memory_takes_no_worker_away_within_its_lease(
     redis_url: str, make_worker: MakeWorker
 ) -> None:
-    async with Directory(redis_url, lease_seconds=0.5) as directory, ClusterView(directory, 3600) as view:
+    async with Directory(redis_url, lease_seconds=1.5) as directory, ClusterView(directory, 3600) as view:
         info = await directory.register(make_worker("d0"))
         await directory.register(make_worker("d1"))
         await view.refresh()
         await flush(redis_url)
         assert await view.refresh()
         assert ids(view) == ["d0", "d1"]
-        await directory.heartbeat(info, WorkerLoad())
-        await asyncio.sleep(0.3)
-        await directory.heartbeat(info, WorkerLoad())
-        await asyncio.sleep(0.3)
-        await view.refresh()
-        assert ids(view) == ["d0"]
+        while ids(view) != ["d0"]:
+            await directory.heartbeat(info, WorkerLoad())
+            await asyncio.sleep(0.1)
+            await view.refresh()
+            assert "d0" in ids(view)
 
 
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "the same"])
@@ -130,7 +129,7 @@ async def test_a_view_starts_without_redis(make_worker: MakeWorker) -> None:
 
 
 async def test_a_failed_worker_is_left_alone_for_a_while(directory: Directory, make_worker: MakeWorker) -> None:
-    async with ClusterView(directory, 3600, Breakers(eject_seconds=0.1)) as view:
+    async with ClusterView(directory, 3600, Breakers(eject_seconds=1.0)) as view:
         info = await directory.register(make_worker("d0"))
         await view.refresh()
         gone(view, info)
@@ -185,7 +184,7 @@ async def test_requests_in_flight_end_with_their_block(
 async def test_when_stale_for_long_only_own_requests_count(
     own_redis: PrivateRedis, make_worker: MakeWorker
 ) -> None:
-    async with Directory(own_redis.url, lease_seconds=0.2) as directory, ClusterView(directory, 0.02) as view:
+    async with Directory(own_redis.url, lease_seconds=1.0) as directory, ClusterView(directory, 0.02) as view:
         info = await directory.register(make_worker("p0", Role.PREFILL))
         await directory.heartbeat(info, WorkerLoad(queued_tokens=9000, prefill_tokens_per_second=500.0))
         await view.refresh()

@@ -62,7 +62,7 @@ async def stranger(make_worker: MakeWorker) -> AsyncIterator[Stranger]:
 async def test_a_leg_to_a_stopped_worker_is_given_up(stranger: Stranger) -> None:
     channels = Channels()
     watching = asyncio.create_task(Vigil(channels, SILENCE).keep())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         async with open_decode(channels, stranger.info, SEQUENCE, None, None) as leg:
             reading = asyncio.ensure_future(anext(aiter(leg.tokens())))
             await asyncio.sleep(4 * SILENCE)
@@ -111,7 +111,7 @@ async def test_a_leg_to_a_worker_that_drains_goes_on(stranger: Stranger) -> None
 
 async def test_a_reader_that_is_cancelled_while_its_leg_is_lost_stays_cancelled(stranger: Stranger) -> None:
     channels = Channels()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         async with open_decode(channels, stranger.info, SEQUENCE, None, None) as leg:
             reading = asyncio.ensure_future(anext(aiter(leg.tokens())))
             await asyncio.sleep(0.1)

@@ -25,7 +25,7 @@ def hashes(count: int, seed: int = 0) -> list[bytes]:
     return [random.Random(seed * 100_000 + i).randbytes(32) for i in range(count)]
 
 
-async def eventually(condition: Callable[[], object], seconds: float = 5.0) -> None:
+async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Awaits until the coroutine function ``condition`` gives something true."""
     async with asyncio.timeout(seconds):
         while not await condition():  # type: ignore[misc]
@@ -83,24 +83,24 @@ async def test_age_is_the_time_since_the_last_heartbeat(directory: Directory, wo
 
 
 async def test_the_lease_end_removes_the_worker_with_all_its_claims(redis_url: str, worker: WorkerInfo) -> None:
-    async with Directory(redis_url, lease_seconds=0.2) as directory:
+    async with Directory(redis_url, lease_seconds=1.0) as directory:
         info = await directory.register(worker)
         chain = hashes(5)
         await directory.apply_block_events(info, chain, [])
         assert await directory.longest_prefix(chain, [(info.id, info.epoch)]) == {info.id: 5}
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(1.05)
         assert await directory.workers() == []
         assert await directory.longest_prefix(chain, [(info.id, info.epoch)]) == {info.id: 0}
         assert await keys(redis_url) == [b"ss:epoch:decode-0"]
 
 
 async def test_a_heartbeat_keeps_the_claims_alive(redis_url: str, worker: WorkerInfo) -> None:
-    async with Directory(redis_url, lease_seconds=0.6) as directory:
+    async with Directory(redis_url, lease_seconds=1.5) as directory:
         info = await directory.register(worker)
         chain = hashes(3)
         await directory.apply_block_events(info, chain, [])
         for _ in range(4):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.4)
             assert await directory.heartbeat(info, WorkerLoad()) is HeartbeatResult.OK
         assert await directory.longest_prefix(chain, [(info.id, info.epoch)]) == {info.id: 3}
 
@@ -262,14 +262,14 @@ async def test_a_redis_that_ends_is_unavailable_and_comes_back(
 async def test_a_redis_that_is_silent_is_unavailable_within_the_deadline(
     own_redis: PrivateRedis, worker: WorkerInfo
 ) -> None:
-    async with Directory(own_redis.url, timeout=0.3) as directory:
+    async with Directory(own_redis.url, timeout=1.0) as directory:
         await directory.register(worker)
         os.kill(own_redis.pid, signal.SIGSTOP)
         try:
             start = time.monotonic()
             with pytest.raises(Unavailable, match="no answer within"):
                 await directory.workers()
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 15
             with pytest.raises(Unavailable, match="does not answer"):
                 await directory.longest_prefix(hashes(1), [(worker.id, 1)])
         finally:

@@ -130,7 +130,7 @@ async def test_cancelling_closes_the_servicers_generator_and_logs_no_error(
         call = stub.Generate(pb.GenerateRequest())
         assert (await call.read()).text == "a"
         call.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await servicer.closed.wait()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
@@ -139,16 +139,16 @@ async def test_a_client_deadline_closes_the_servicers_generator() -> None:
     servicer = Servicer(asyncio.Event().wait)  # type: ignore[arg-type]
     async with serving(servicer) as (_, stub):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await drain(stub.Generate(pb.GenerateRequest(), timeout=0.2))
+            await drain(stub.Generate(pb.GenerateRequest(), timeout=1.5))
         assert type(error_from_rpc(caught.value)) is errors.DeadlineExceeded
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await servicer.closed.wait()
 
 
 async def test_a_server_that_is_not_there_is_unavailable() -> None:
     async with open_channel("127.0.0.1:1") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await inference_pb2_grpc.InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5)
+            await inference_pb2_grpc.InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=30)
     assert type(error_from_rpc(caught.value)) is errors.PeerLost
 
 
@@ -160,7 +160,7 @@ async def test_stopping_cancels_open_calls_after_the_grace_as_unavailable() -> N
         await server.stop()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await servicer.closed.wait()
     assert type(error_from_rpc(caught.value)) is errors.PeerLost
 

@@ -31,7 +31,7 @@ asyncio.run(main())
 
 
 async def ends(pid: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             await asyncio.sleep(0.02)
 
@@ -88,7 +88,7 @@ async def test_what_a_failing_binary_says_is_passed_on(tmp_path: Path) -> None:
 
 async def test_the_wait_ends_when_redis_does(own_redis: PrivateRedis) -> None:
     os.kill(own_redis.pid, signal.SIGKILL)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await own_redis.wait() == -signal.SIGKILL
 
 

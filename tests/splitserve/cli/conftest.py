@@ -22,7 +22,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def splitserve(
-    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 60
+    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 150
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments],

@@ -16,7 +16,7 @@ import pytest
 
 from tests.splitserve.cli.conftest import COMMAND, environment, splitserve
 
-START_SECONDS, END_SECONDS = 60.0, 20.0
+START_SECONDS, END_SECONDS = 120.0, 60.0
 
 
 class Up:
@@ -74,7 +74,7 @@ def up(model: Path, *more: str) -> Iterator[Up]:
             if process.poll() is None:
                 process.terminate()
             process.wait(END_SECONDS)
-        _gone, left = psutil.wait_procs(children, timeout=5)
+        _gone, left = psutil.wait_procs(children, timeout=30)
     assert not left
 
 
