@@ -76,7 +76,7 @@ class Orchestrator:
         retries = 0
         last: LegFailed | None = None
         while True:
-            sequence = _sequence(request, spec, given)
+            sequence = _sequence(request, spec, given, retries)
             try:
                 plan = await self._planner.plan(request, spec, sequence.tokens, excluded)
             except SplitServeError as error:
@@ -227,9 +227,10 @@ async def _decoded(leg: DecodeLeg, plan: Plan, *, is_start: bool) -> AsyncIterat
     raise Unavailable("the decode worker ended the stream early")
 
 
-def _sequence(request: GenerationRequest, spec: ModelSpec, given: list[int]) -> SequenceRequest:
+def _sequence(request: GenerationRequest, spec: ModelSpec, given: list[int], retries: int) -> SequenceRequest:
+    """A retry has an id of its own: the worker may still hold what was left of the attempt before it."""
     return SequenceRequest(
-        request_id=request.request_id,
+        request_id=f"{request.request_id}.{retries}" if retries else request.request_id,
         fingerprint=spec.fingerprint,
         tokens=[*request.prompt_tokens, *given],
         num_prompt=len(request.prompt_tokens),

@@ -103,6 +103,7 @@ class FaultProxy:
                 if self.rate:
                     now = asyncio.get_running_loop().time()
                     self._free_at = max(now, self._free_at) + len(chunk) / self.rate
+                    self.chunks_delayed += 1
                     await asyncio.sleep(self._free_at - now)
                 if self.flips:
                     self.flips -= 1
