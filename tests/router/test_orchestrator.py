@@ -130,7 +130,8 @@ async def test_a_decode_that_breaks_in_the_middle_migrates(cluster: Open, fault:
 
 async def test_each_attempt_has_an_id_of_its_own(cluster: Open) -> None:
     """A worker that is asked again may still hold what was left of the attempt before it."""
-    async with cluster(script(decode=[Fault(2), Fault(1)]), decode=3) as workers:
+    faults: list[Fault | None] = [Fault(1, EngineError("a")), Fault(1, EngineError("b"))]
+    async with cluster(script(decode=faults), decode=3) as workers:
         assert await answer(workers) == whole()
         ids = [call.sequence.request_id for call in workers.script.by_role(Role.DECODE)]
         assert len(set(ids)) == 3 and all(each.startswith(ids[0]) for each in ids)
