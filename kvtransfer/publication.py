@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,8 +46,9 @@ class Publication:
         self._lease_seconds = lease_seconds
         self._on_release = on_release
         self._session: asyncio.Task[None] | None = None
-        self._released: asyncio.Future[ReleaseReason] = asyncio.get_running_loop().create_future()
-        self.deadline = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._released: asyncio.Future[ReleaseReason] = self._loop.create_future()
+        self.deadline = 0.0  # by the clock of the event loop
         self.touch()
 
     def ready(self, block_ids: Sequence[int]) -> None:
@@ -81,7 +81,7 @@ class Publication:
 
     def touch(self) -> None:
         """A sign of life of the router or the puller: the lease starts anew."""
-        self.deadline = time.monotonic() + self._lease_seconds
+        self.deadline = self._loop.time() + self._lease_seconds
 
     async def released(self) -> ReleaseReason:
         """Returns when no byte of the blocks will be read any more; only then may they be reused."""

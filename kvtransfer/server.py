@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -162,7 +161,7 @@ class BlockServer:
             self._published.clear()
             if not self._publications:
                 await self._published.wait()
-            now = time.monotonic()
+            now = asyncio.get_running_loop().time()
             for publication in list(self._publications.values()):
                 if publication.computing:  # its owner will finish it or let it fail
                     publication.touch()

@@ -95,7 +95,8 @@ class Session:
                 pull = await self._receive()
             last = await self._transfer(publication, pull, interval=max(0.01, hello.timeout_ms / 4000))
             if isinstance(last, Done):
-                await self._send(Ack())
+                async with asyncio.timeout(LINGER_SECONDS):  # no lease ends a transfer that is released
+                    await self._send(Ack())
                 clean = True
             else:
                 await self._part(Ack())
