@@ -22,6 +22,7 @@ def p99(answers: Sequence[Answer]) -> float:
     return float(np.percentile([answer.seconds for answer in answers], 99))
 
 
+@pytest.mark.skipif(not SECONDS, reason="few requests say little: make chaos")
 async def test_a_slow_link_of_one_worker_holds_up_nobody_else(
     cluster: ChaosCluster, channel: grpc.aio.Channel, oracle: Oracle
 ) -> None:
@@ -50,4 +51,4 @@ async def test_a_slow_link_of_one_worker_holds_up_nobody_else(
     before, after = p99(others_before), p99(others_after)
     print(f"\nlink fast, then slow: p99 of {len(others_after)} others {before:.3f}, then {after:.3f} s,")
     print(f"of the {len(slow)} requests over it {p99(fast):.3f}, then {p99(slow):.3f} s")
-    assert after < 2 * before + (0.3 if SECONDS else 5.0)  # few requests on a noisy machine say little
+    assert after < 2 * before + 0.3  # 1.2 times is meant; the machine is shared
