@@ -28,6 +28,10 @@ class Device(Protocol):
     torch: torch.device
     asynchronous: bool  # work is queued: the host may prepare the next step while this one runs
 
+    def use(self) -> None:
+        """The calling thread computes here from now on."""
+        ...
+
     def host_buffer(self, num_bytes: int) -> Tensor:
         """``[num_bytes]`` uint8 on the host, from which copies to the device run by themselves."""
         ...
@@ -50,6 +54,9 @@ class CpuDevice:
         self.torch = torch.device("cpu")
         self.asynchronous = asynchronous
 
+    def use(self) -> None:
+        return
+
     def host_buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
@@ -68,8 +75,11 @@ class CudaDevice:
 
     def __init__(self, index: int) -> None:
         self.torch = torch.device("cuda", index)
-        torch.cuda.set_device(self.torch)
+        self.use()
         self._graph_memory = torch.cuda.graph_pool_handle()
+
+    def use(self) -> None:
+        torch.cuda.set_device(self.torch)
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)

@@ -154,12 +154,15 @@ class Runner:
 
     def memory(self) -> memoryview:
         """The pool's bytes, writable; block ``i`` is the ``i``-th ``layout.block_bytes`` of them."""
+        if self.on_gpu:
+            raise ConfigError("KV blocks can't leave a GPU yet: workers need --device cpu; engine.LLM takes a GPU")
         return memoryview(self.kv[: self.num_blocks].view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def launch(self, scheduled: SequenceOf[Scheduled], before: Launched | None = None) -> Launched:
         """Starts the step. ``before`` is the one whose tokens this one reads and that is not yet collected.
         Log probabilities of prompts are added to the sequences that want them."""
+        self._device.use()
         ordered = sorted(scheduled, key=lambda item: item.num_tokens > 1)  # single rows first, else stable
         batch = host_batch(ordered, self.layout.block_tokens, before.rows if before else None)
         sequences = [item.sequence for item in ordered if item.samples]

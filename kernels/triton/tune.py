@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ Measure = Callable[[str, Cut], float]  # seconds of "decode" or "prefill" with a
 
 
 def candidates(kernel: str, device: Device, shape: Shape) -> list[Cut]:
-    """The rule's cut first, then its neighbours."""
+    """The rule's cut first, then others, the more like it the earlier."""
     first = (default_decode if kernel == "decode" else default_prefill)(device, shape)
     cuts = [first]
     for tokens in (32, 64, 128):
@@ -38,7 +39,12 @@ def candidates(kernel: str, device: Device, shape: Shape) -> list[Cut]:
                     cuts += [Cut(tokens, first.rows, programs, warps, stages) for programs in (1, 2, 3)]
                 else:
                     cuts += [Cut(tokens, rows, 1, warps, stages) for rows in (64, 128) if rows >= shape.group]
-    return list(dict.fromkeys(cuts))
+
+    def distance(cut: Cut) -> float:
+        pairs = zip(astuple(cut), astuple(first), strict=True)
+        return sum(abs(math.log2(mine / its)) for mine, its in pairs)
+
+    return sorted(dict.fromkeys(cuts), key=distance)
 
 
 def fastest(kernel: str, cuts: Iterable[Cut], measure: Measure) -> tuple[Cut, float]:

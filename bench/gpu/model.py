@@ -62,9 +62,13 @@ class RandomFiles:
     def tokenizer(self) -> tuple[str, str, dict[str, str]]:
         return "", "", {}
 
+    @property
+    def layer_weights(self) -> int:
+        """Of the matrices of one layer."""
+        return sum(n * k for name, (n, k) in self._shapes.items() if name.endswith("_proj"))
+
     def weight_bytes(self, itemsize: int = 2) -> int:
         """Bytes of weights that one decode step reads: all but the embedding, of which it reads rows."""
         shapes = self._shapes
-        layer = sum(n * k for name, (n, k) in shapes.items() if name.endswith("_proj"))
         head = shapes["lm_head"][0] * shapes["lm_head"][1]
-        return (self.config.num_layers * layer + head) * itemsize
+        return (self.config.num_layers * self.layer_weights + head) * itemsize

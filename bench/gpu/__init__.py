@@ -1,0 +1,1 @@
+"""Checks and times the GPU path in one call: ``python -m bench.gpu``."""

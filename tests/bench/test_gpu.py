@@ -1,0 +1,44 @@
+"""Parts of the GPU benchmark run on tiny shapes in Triton's interpreter; one that fails stops none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from bench.gpu.__main__ import PARTS, measure
+from bench.gpu.measure import Bench, Line
+from bench.gpu.scale import TINY
+
+SLOW = ("steps", "generate")
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles here")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(TINY, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_gives_its_rows(bench: Bench, part: str) -> None:
+    if part in SLOW and not os.environ.get("SPLITSERVE_BENCH_GPU"):
+        pytest.skip("takes half a minute: set SPLITSERVE_BENCH_GPU")
+    lines = measure(bench, [part])
+    assert lines and not any("failed" in line.value for line in lines)
+    assert all(line.ratio is not None and line.ratio < 1e-6 for line in lines if "error" in line.what)
+
+
+def test_a_part_that_fails_is_a_row_and_the_others_go_on(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Bench(TINY, torch.device("cpu"))
+    broken.results = None  # type: ignore[assignment]
+    broken.scale = None  # type: ignore[assignment]
+    lines = measure(broken, ["ceilings", "tuning"], tmp_path / "out.json")
+    assert [line.value for line in lines] == ["failed: see the traceback"] * 2
+    assert "Traceback" in capsys.readouterr().err
+    assert [Line(**row) for row in json.loads((tmp_path / "out.json").read_text())] == lines
