@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import stat
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def _open_files() -> list[int]:
 
 def _listens(number: int, port: int) -> bool:
     try:
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            return False
         with socket.socket(fileno=os.dup(number)) as candidate:
             return (
                 candidate.family in (socket.AF_INET, socket.AF_INET6)
@@ -48,4 +51,4 @@ def _listens(number: int, port: int) -> bool:
                 and bool(candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
             )
     except OSError:
-        return False  # closed meanwhile, or no socket
+        return False  # closed meanwhile
