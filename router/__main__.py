@@ -53,14 +53,17 @@ async def serve(config: RouterConfig) -> None:
         ClusterView(directory) as view,
         ProcessRenderer() as renderer,
     ):
-        planner = Planner(directory, view, PolicyConfig(decode_only_tokens=config.decode_only_tokens))
+        policy = PolicyConfig(
+            decode_only_tokens=config.decode_only_tokens, max_first_token_seconds=config.ttft_slo
+        )
+        planner = Planner(directory, view, policy)
         orchestrator = Orchestrator(planner, view, channels, metrics, config.max_retries, RetryBudget())
         backend = ClusterBackend(
             view, Catalog(channels), channels, orchestrator, RequestLimit(config.max_concurrent_requests)
         )
         http_config = HttpConfig(request_seconds=config.request_timeout)
         app = create_app(backend, http_config, metrics, registry, keyring, renderer)
-        servicer = InferenceServicer(backend, metrics, keyring)
+        servicer = InferenceServicer(backend, metrics, keyring, config.request_timeout)
         grpc_server = GrpcServer(
             config.host,
             config.grpc_port,
@@ -70,8 +73,11 @@ async def serve(config: RouterConfig) -> None:
             tls=config.public_tls,
             keyring=keyring,
             public=True,
+            write_seconds=config.reader_timeout,
         )
-        http_server = HttpServer(app, config.host, config.port, config.drain_timeout, config.public_tls)
+        http_server = HttpServer(
+            app, config.host, config.port, config.drain_timeout, config.public_tls, config.reader_timeout
+        )
         try:
             async with asyncio.TaskGroup() as tasks, grpc_server, http_server:
                 watching = [

@@ -7,6 +7,7 @@ into statuses by the server's interceptor. Invariant: a cancelled call has no wo
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import uuid
 from collections.abc import AsyncGenerator
@@ -40,12 +41,19 @@ Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Serves ``backend``; ``observer`` is told about every answer; ``keyring`` names the tenants."""
+    """Serves ``backend``; ``observer`` is told about every answer; ``keyring`` names the tenants.
+
+    ``request_seconds``: longest life of a request; the call's deadline can shorten it."""
 
     def __init__(
-        self, backend: Backend, observer: RequestObserver | None = None, keyring: Keyring | None = None
+        self,
+        backend: Backend,
+        observer: RequestObserver | None = None,
+        keyring: Keyring | None = None,
+        request_seconds: float = 3600.0,
     ) -> None:
         self._backend = backend
+        self._request_seconds = request_seconds
         self._observer = observer or NullObserver()
         self._keyring = keyring or Keyring()
 
@@ -66,7 +74,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             prompt_tokens=prompt.tokens,
             sampling=admit_sampling(spec, prompt, sampling_fields(request.sampling)),
             cache_salt=tenant_salt(tenant, check_salt(request.cache_salt)),
-            deadline=None if remaining is None else arrived + remaining,
+            deadline=arrived + min(self._request_seconds, remaining or math.inf),
         )
         answer = Answer(self._backend, spec, generation, 0, arrived, self._observer)
         async with Answers([answer]) as answers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitserve.cluster import Role, WorkerState
 from splitserve.errors import InvalidRequest, Overloaded, Unavailable
@@ -22,7 +22,7 @@ class PolicyConfig:
     """How to weigh and when to refuse. The defaults stand for what a worker has not measured yet."""
 
     decode_only_tokens: int = 64  # with this many uncached tokens or fewer, no prefill worker is asked
-    max_first_token_seconds: float = 60.0  # refuse rather than queue for longer
+    max_first_token_seconds: float = 60.0  # refuse rather than queue for longer: --ttft-slo
     max_waiting: int = 256  # requests queued on one worker
     expected_answer_tokens: int = 128  # longer ones seldom are: what is asked for is a limit
     kv_weight: float = 1.0  # a full pool counts like tokens that take 1 + kv_weight times as long
@@ -119,7 +119,10 @@ def plan(
 
     decode = _least(fitting or open_ones, cost, config, rng)
     start = starts[decode.info.id]
-    _refuse_late(start, demand, config)
+    if (late := _lateness(start, demand, config)) is not None:
+        if config.compute_weight > 1:  # the owner of the prompt's blocks may be the busiest
+            return plan(demand, owned_blocks, states, replace(config, compute_weight=1.0), excluded, rng)
+        raise late
     blocks = _blocks(demand.tokens + 1, decode)
     if start.worker is decode:
         return Plan(None, decode, 0, start.uncached_tokens, blocks, start.seconds)
@@ -213,21 +216,24 @@ def _blocks_after(demand: Demand, decoder: WorkerState) -> int:
     return decoder.load.used_blocks + _blocks(demand.tokens + 1, decoder)
 
 
-def _refuse_late(start: _Start, demand: Demand, config: PolicyConfig) -> None:
-    load = start.worker.load
-    # Without work queued before it a request is tried, however slow the worker: waiting would not help it.
-    if load.num_waiting >= config.max_waiting or (
-        load.queued_tokens > 0 and start.seconds > config.max_first_token_seconds
-    ):
-        late = start.seconds - config.max_first_token_seconds
-        raise Overloaded(f"the queue is {start.seconds:.0f} s long", _retry_after(late))
-    if demand.seconds_left is not None and load.queued_tokens > 0 and load.prefill_tokens_per_second > 0:
-        late = start.seconds - demand.seconds_left
-        if late > 0:
-            raise Overloaded(
-                f"the first token would take {start.seconds:.1f} s, the request has {demand.seconds_left:.1f} s",
-                _retry_after(late),
-            )
+def _lateness(start: _Start, demand: Demand, config: PolicyConfig) -> Overloaded | None:
+    """Why the first token would come too late, if so. Without work queued before it a request is tried, however
+    slow the worker: waiting would not help it."""
+    load, seconds = start.worker.load, start.seconds
+    limit = config.max_first_token_seconds
+    if load.num_waiting >= config.max_waiting:
+        return Overloaded(f"{load.num_waiting} requests wait already", _retry_after(seconds - limit))
+    if load.queued_tokens > 0 and seconds > limit:
+        return Overloaded(
+            f"the first token would take {seconds:.1f} s, {limit:g} s are allowed", _retry_after(seconds - limit)
+        )
+    left = demand.seconds_left
+    if left is not None and load.queued_tokens > 0 and load.prefill_tokens_per_second > 0 and seconds > left:
+        return Overloaded(
+            f"the first token would take {seconds:.1f} s, the request has {left:.1f} s",
+            _retry_after(seconds - left),
+        )
+    return None
 
 
 def _step_seconds(state: WorkerState, config: PolicyConfig) -> float:

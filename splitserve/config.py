@@ -72,8 +72,10 @@ class RouterConfig:
     decode_only_tokens: int = 64  # prompts with fewer uncached tokens skip the prefill worker
     max_retries: int = 2  # legs of one request that are tried again
     max_concurrent_requests: int = 1024
+    ttft_slo: float = 60.0  # a request whose first token is predicted to come later is refused
     request_timeout: float = 600.0
     worker_timeout: float = 2.0  # a worker that is silent for so long has lost its open requests
+    reader_timeout: float = 30.0  # a client that does not read its answer for so long is cut off
     drain_timeout: float = 30.0
     api_keys: tuple[ApiKey, ...] = ()  # none: everybody may ask
     tls: TlsFiles | None = None  # between processes, mutual

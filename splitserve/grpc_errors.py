@@ -6,6 +6,7 @@ in ``splitserve.errors``, and nothing of an unexpected one (its text, its traceb
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +21,7 @@ from google.protobuf.message import DecodeError
 from splitserve import errors
 from splitserve.errors import (
     BY_GRPC_STATUS,
+    DeadlineExceeded,
     EngineError,
     Incompatible,
     InvalidRequest,
@@ -83,10 +85,12 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> SplitServeError:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what servicers raise into statuses. Cancellation passes unlogged: the caller went away.
 
-    ``public``: callers are told `SplitServeError.public`, not what the error says among ourselves."""
+    ``public``: callers are told `SplitServeError.public`, not what the error says among ourselves.
+    ``write_seconds``: a caller that takes no message of a stream for so long is given up."""
 
-    def __init__(self, public: bool = False) -> None:
+    def __init__(self, public: bool = False, write_seconds: float | None = None) -> None:
         self._public = public
+        self._write_seconds = write_seconds
 
     async def intercept_service(
         self,
@@ -107,8 +111,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             )
             if behaviour is not None
         )
-        wrap = _wrap_stream if handler.response_streaming else _wrap_unary
-        wrapped = wrap(behaviour, handler_call_details.method, self._public)
+        method = handler_call_details.method
+        if handler.response_streaming:
+            wrapped = _wrap_stream(behaviour, method, self._public, self._write_seconds)
+        else:
+            wrapped = _wrap_unary(behaviour, method, self._public)
         make = getattr(grpc, _HANDLERS[handler.request_streaming, handler.response_streaming])
         refuse_here = wrapped is not behaviour and not handler.request_streaming
         return make(
@@ -167,7 +174,9 @@ def _wrap_unary(behaviour: Callable[..., Any], method: str, public: bool) -> Cal
     return call
 
 
-def _wrap_stream(behaviour: Callable[..., Any], method: str, public: bool) -> Callable[..., Any]:
+def _wrap_stream(
+    behaviour: Callable[..., Any], method: str, public: bool, write_seconds: float | None
+) -> Callable[..., Any]:
     if not (inspect.isasyncgenfunction(behaviour) or inspect.iscoroutinefunction(behaviour)):
         return behaviour
 
@@ -178,7 +187,7 @@ def _wrap_stream(behaviour: Callable[..., Any], method: str, public: bool) -> Ca
             _check_readable(request)
             if inspect.isasyncgenfunction(behaviour):
                 async with aclosing(behaviour(request, context)) as messages:
-                    await _write_all(messages, context)
+                    await _write_all(messages, context, write_seconds)
             else:
                 await behaviour(request, context)
         except Exception as error:
@@ -187,9 +196,15 @@ def _wrap_stream(behaviour: Callable[..., Any], method: str, public: bool) -> Ca
     return call
 
 
-async def _write_all(messages: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+async def _write_all(
+    messages: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any], seconds: float | None
+) -> None:
     async for message in messages:
-        await context.write(message)
+        try:
+            async with asyncio.timeout(seconds):
+                await context.write(message)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no message was taken for {seconds:g} s") from error
 
 
 async def _abort(

@@ -71,6 +71,7 @@ class GrpcServer:
     ``register`` adds the servicers to the ``grpc.aio.Server`` that it is given. Leaving the block refuses new
     calls and waits ``grace`` seconds for the open ones. Raises ConfigError when the port can't be bound.
     ``public``: what errors say of our insides is kept from the callers, who are not of the cluster.
+    ``write_seconds``: a caller that takes no message of its stream for so long is given up.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class GrpcServer:
         tls: TlsFiles | None = None,
         keyring: Keyring | None = None,
         public: bool = False,
+        write_seconds: float | None = None,
     ) -> None:
         self._host = host
         self._port = port
@@ -94,6 +96,7 @@ class GrpcServer:
         self._tls = tls
         self._keyring = keyring or Keyring()
         self._public = public
+        self._write_seconds = write_seconds
         self._health = health.aio.HealthServicer()
         self._ready: set[str] = set()
         self._server: grpc.aio.Server | None = None
@@ -123,7 +126,7 @@ class GrpcServer:
         _check_free(self._host, self._port)
         credentials = None if self._tls is None else server_credentials(self._tls)
         server = grpc.aio.server(
-            interceptors=[AuthInterceptor(self._keyring), ErrorInterceptor(self._public)],
+            interceptors=[AuthInterceptor(self._keyring), ErrorInterceptor(self._public, self._write_seconds)],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -21,13 +22,15 @@ from splitserve.http_protocol import BoundedHttpProtocol
 from splitserve.tls import check_files
 
 BACKLOG = 2048
+STALL_SECONDS = 30.0
 
 
 class HttpServer:
     """Serves an ASGI ``app`` on ``host:port`` (0 picks a port) between ``start`` and ``close``.
 
     Raises ConfigError when the port can't be bound. ``grace``: seconds that open requests get at the end.
-    ``tls``: speak HTTPS; a CA in it is not asked for, clients show no certificate.
+    ``tls``: speak HTTPS; a CA in it is not asked for, clients show no certificate. ``stall_seconds``: a client
+    that has not taken what was sent to it for so long is cut off (where the system can: Linux).
     """
 
     def __init__(
@@ -37,9 +40,11 @@ class HttpServer:
         port: int,
         grace: float = 5.0,
         tls: TlsFiles | None = None,
+        stall_seconds: float = STALL_SECONDS,
         **options: Any,
     ) -> None:
         self._app = app
+        self._stall_seconds = stall_seconds
         self._host = host
         self._port = port
         self._grace = grace
@@ -74,6 +79,9 @@ class HttpServer:
             check_files(self._tls)
         listener = bind(self._host, self._port)
         self._port = listener.getsockname()[1]
+        if sys.platform == "linux":  # connections inherit it; the kernel watches, so that no event pays for it
+            stall = round(self._stall_seconds * 1e3)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
         config = uvicorn.Config(
             self._app,
             log_config=None,

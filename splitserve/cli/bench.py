@@ -23,4 +23,8 @@ _add("compare", "SplitServe and its peers in turns, same client, same cores.")
 _add("router", "What the router adds, with workers that echo.")
 _add("transfer", "KV blocks between two processes, beside the machine's copy rate.")
 _add("kernels", "CPU kernels, beside the machine's memory and GEMM rates.")
+_add(
+    "overload",
+    "More than a server can do: what is left of its goodput, how soon it refuses, how soon it recovers.",
+)
 _add("simulate", "The routing policy against hundreds of modelled workers.")

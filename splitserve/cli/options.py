@@ -126,6 +126,18 @@ DecodeOnlyTokens = Annotated[
 RequestTimeout = Annotated[
     float, _option("--request-timeout", help="Longest time for one request, in seconds.", min=0.001)
 ]
+MaxConcurrentRequests = Annotated[
+    int,
+    _option("--max-concurrent-requests", help="Requests that a router works on at once; more are refused.", min=1),
+]
+TtftSlo = Annotated[
+    float,
+    _option(
+        "--ttft-slo",
+        help="Refuse a request whose first token would come later than this, in seconds, because of the queue.",
+        min=0.001,
+    ),
+]
 WorkerTimeout = Annotated[
     float,
     _option("--worker-timeout", help="Seconds of silence after which a worker counts as lost.", min=0.1),

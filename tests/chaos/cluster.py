@@ -7,8 +7,9 @@ import json
 import os
 import re
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from splitserve.v1 import inference_pb2, inference_pb2_grpc
 from tests.chaos.faulty_worker import Fault, arm, link_file, owned_file, poison_file, relayed_file
 from tests.chaos.nursery import Nursery, NurseryChild
 from tests.chaos.proxy import FaultProxy, Streams
+from tests.chaos.sick_engine import calls, failing_file, pace_file
 
 SECONDS = float(os.environ.get("SPLITSERVE_CHAOS_SECONDS", "0"))  # of the soak; not 0: all scenarios are long
 READY_SECONDS = 90.0
@@ -104,6 +106,28 @@ class ChaosCluster:
 
     def direct(self, worker: str) -> None:
         link_file(self._model, worker).unlink()
+
+    @contextmanager
+    def paced(self, seconds: float) -> Iterator[None]:
+        """Each step of each worker takes at least so long, without using the processor."""
+        pace_file(self._model).write_text(str(seconds))
+        try:
+            yield
+        finally:
+            pace_file(self._model).unlink()
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """No step of any worker can be computed."""
+        failing_file(self._model).touch()
+        try:
+            yield
+        finally:
+            failing_file(self._model).unlink()
+
+    def calls(self) -> Counter[str]:
+        """Requests that have come to the engines: ``p`` to be read for another worker, ``d`` to be answered."""
+        return calls(self._model)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.children[name].signal(number)

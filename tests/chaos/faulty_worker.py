@@ -26,7 +26,7 @@ from pathlib import Path
 
 import decode_service.__main__ as decode
 import prefill_service.__main__ as prefill
-from engine import AsyncEngine, Engine, create_engine
+from engine import AsyncEngine, create_engine
 from engine.config import EngineConfig
 from engine.core import StepResult
 from engine.weights import ModelFiles
@@ -36,6 +36,7 @@ from splitserve.hashing import BlockHash
 from splitserve.model_info import ModelDescription
 from splitserve.process import run_process
 from splitserve.worker import WorkerContext, run_worker
+from tests.chaos.sick_engine import SickEngine
 
 SLOW_SECONDS = 0.03  # more, for each step
 
@@ -75,7 +76,7 @@ def relayed_file(model: str, worker: str) -> Path:
     return Path(model).parent / f"{worker}.relayed"
 
 
-class FaultyEngine(Engine):
+class FaultyEngine(SickEngine):
     def __init__(self, paths: list[Path], config: EngineConfig, files: ModelFiles) -> None:
         super().__init__(config, files)
         self._paths = paths

@@ -1,0 +1,62 @@
+"""More requests than the workers can answer: what fits is answered in time, the rest is refused at once.
+
+The workers take a fixed time for each step, so that their speed is known and the processor has room for the load.
+`SPLITSERVE_CHAOS_SECONDS` makes it a minute; `python -m bench.overload` measures a real model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from bench.datasets import Conversation, Turn
+from bench.http_client import Server
+from bench.load import Client
+from bench.metrics import Slo
+from bench.openai_api import Api
+from bench.overload import Load, at_rate, overload
+from splitserve.config import RouterConfig
+from tests.chaos.cluster import ChaosCluster
+from tests.chaos.load import MODEL
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+LONG = bool(os.environ.get("SPLITSERVE_CHAOS_SECONDS"))
+STEP_SECONDS = 0.1
+PROMPT = 128  # tokens: two steps of a prefill worker
+RATE = 2 / (2 * STEP_SECONDS)  # requests a second of two prefill workers
+TTFT_SLO = 1.0
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def load(cluster: ChaosCluster) -> AsyncIterator[Load]:
+    """Slow workers behind a router of their own, which refuses early."""
+    shared = cluster.children["router"].config
+    assert isinstance(shared, RouterConfig)
+    await cluster.start("strict", replace(shared, ttft_slo=TTFT_SLO, max_concurrent_requests=64))
+    with cluster.paced(STEP_SECONDS):
+        rng = np.random.default_rng(1)
+        url = cluster.children["strict"].addresses["http"]
+        client = Client(Server.parse(url), Api(MODEL, False, "tokens", ignore_eos=True), 60.0)
+
+        def make(count: int) -> list[Conversation]:
+            return [Conversation((Turn(rng.integers(0, 256, PROMPT).tolist(), 4),)) for _ in range(count)]
+
+        yield Load(client, make, Slo({"ttft": 2000.0}), rng)
+    assert await cluster.children.pop("strict").stop() == 0
+
+
+async def test_ten_times_the_load_leaves_most_of_the_goodput_and_is_refused_at_once(load: Load) -> None:
+    await at_rate(load, RATE / 2, 2)  # the workers measure their speed
+    peak = await at_rate(load, RATE * 0.8, 20 if LONG else 3)
+    result = await overload(load, replace(peak, goodput=RATE), 10, 60 if LONG else 5, 10 if LONG else 4)
+    print(peak.describe(), result.over.describe(), result.after.describe(), result.recovery, sep="\n")
+    assert not (peak.failed or result.over.failed or result.after.failed)
+    assert len(result.over.refused) > 0.7 * RATE * 10 * 5
+    assert result.over.goodput > 0.6 * RATE
+    assert np.percentile(result.over.refused, 50) < 0.05
