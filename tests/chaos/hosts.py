@@ -25,10 +25,11 @@ def why_not() -> str | None:
     """Why no such host can be made here; None if it can."""
     if shutil.which("ip") is None:
         return "there is no iproute2"
-    made = subprocess.run(["ip", "netns", "add", _name("probe")], capture_output=True, text=True)
-    if made.returncode:
-        return f"network namespaces are not permitted: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", _name("probe")], check=True)
+    try:
+        with Host() as host:
+            _ip("netns", "exec", host.name, "true")
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces are not permitted: {error.stderr.decode().strip()}"
     return None
 
 
@@ -36,7 +37,7 @@ class Host(AbstractContextManager["Host"]):
     """``THERE``, reached from ``HERE``."""
 
     def __init__(self) -> None:
-        self.name = _name("host")
+        self.name = f"splitserve-{os.getpid()}"
         self._link = f"ss{os.getpid() % 100_000}"
 
     def __enter__(self) -> Self:
@@ -94,10 +95,6 @@ class _ChildThere(Child):
             pass_fds=(ready_fd,),
             start_new_session=True,
         )
-
-
-def _name(kind: str) -> str:
-    return f"splitserve-{kind}-{os.getpid()}"
 
 
 def _ip(*arguments: str) -> None:

@@ -2,7 +2,8 @@
 
 ``python -m tests.chaos.nursery FD`` is that one. It reads orders from the socket FD (what to run, with which
 environment, and the child's files), forks, and reports process ids and exit codes. A child is a process like any
-other: its own memory, files, signals and death. Invariant: no thread has been started before a fork.
+other: its own memory, files, signals and death. Invariant: the one that forks computes nothing itself, so no
+lock of a library is held when it does.
 """
 
 from __future__ import annotations
