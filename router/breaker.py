@@ -114,4 +114,8 @@ class Breakers:
         suspects = sorted((b.tripped_at or 0.0, key) for key, b in tripped if not b.gone)
         allowed = max(0, len(members) // 2 - len(gone))
         chosen = gone | {key for _, key in suspects[:allowed]}
-        return {key for key in chosen if self._breakers[key].open_until > now}
+        ejected = {key for key in chosen if self._breakers[key].open_until > now}
+        if len(ejected) < len(members):
+            return ejected
+        # Where nobody else is left, all may go where one request is trying: without it they fail for sure.
+        return {key for key in ejected if not self._breakers[key].tried}

@@ -55,6 +55,17 @@ def test_one_request_tries_a_worker_whose_time_is_over(make_worker: MakeWorker) 
     assert left_out(breakers, workers, EJECT) == set()
 
 
+def test_where_nobody_else_is_left_all_may_go_where_one_tries(make_worker: MakeWorker) -> None:
+    breakers, workers = Breakers(EJECT), members(make_worker, decode=2)
+    breakers.failed(workers["decode-1"], Trouble.GONE, 0.0, 0.0)
+    breakers.failed(workers["decode-0"], Trouble.GONE, EJECT, EJECT)
+    assert left_out(breakers, workers, EJECT) == {"decode-0"}
+    breakers.claim(workers["decode-1"], EJECT)
+    assert left_out(breakers, workers, EJECT) == {"decode-0"}
+    breakers.failed(workers["decode-1"], Trouble.GONE, EJECT, EJECT)
+    assert left_out(breakers, workers, EJECT) == {"decode-0", "decode-1"}
+
+
 def test_success_of_a_request_sent_before_the_ejection_does_not_end_it(make_worker: MakeWorker) -> None:
     breakers, workers = Breakers(EJECT), members(make_worker)
     breakers.failed(workers["decode-0"], Trouble.GONE, 1.0, 0.5)
