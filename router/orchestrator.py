@@ -190,7 +190,7 @@ def _trouble(error: SplitServeError) -> Trouble | None:
     match error:
         case Overloaded():
             return None
-        case PeerLost():
+        case PeerLost() | TransferFailed(reason="peer_lost"):  # of both, the transfer's connection may break first
             return Trouble.GONE
         case TransferFailed():
             return Trouble.FAILED

@@ -128,6 +128,14 @@ async def test_a_decode_that_breaks_in_the_middle_migrates(cluster: Open, fault:
         )
 
 
+async def test_transfers_lost_with_their_source_need_no_budget(cluster: Open) -> None:
+    """As many as it held: more than the budget would let go on."""
+    faults: list[Fault | None] = [Fault(0, TransferFailed("gone", "peer_lost"), calls=10) for _ in range(5)]
+    async with cluster(script(decode=faults), prefill=1) as workers:
+        answers = await asyncio.gather(*(answer(workers) for _ in range(5)))
+    assert answers == [whole()] * 5
+
+
 async def test_each_attempt_has_an_id_of_its_own(cluster: Open) -> None:
     """A worker that is asked again may still hold what was left of the attempt before it."""
     faults: list[Fault | None] = [Fault(1, EngineError("a")), Fault(1, EngineError("b"))]

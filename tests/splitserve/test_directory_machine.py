@@ -22,7 +22,7 @@ IDS = ("prefill-0", "decode-0")
 CHAIN = [bytes([i]) * 32 for i in range(6)]  # what is owned of it is a prefix
 OTHER = [bytes([100 + i]) * 32 for i in range(4)]
 LENGTHS = st.integers(0, len(CHAIN))
-EXAMPLES = 40
+EXAMPLES = 15
 HOUR = 3600.0  # no lease ends by itself
 
 
