@@ -108,7 +108,8 @@ async def test_one_token_is_answered_without_a_transfer(prefill: Open) -> None:
 
 
 async def test_blocks_that_nobody_asks_for_are_freed_when_the_lease_ends(prefill: Open) -> None:
-    async with prefill(lease_seconds=2.0) as worker:
+    async with prefill(lease_seconds=0.8) as worker:
+        # less than the second after which the router's open stream would renew the lease
         stream = call(worker, worker.sequence(prompt(LONG)))
         assert (await stream.read()).accepted.handle.num_blocks == LONG // 16
         assert (await stream.read()).HasField("done")
