@@ -55,7 +55,8 @@ async def stranger(make_worker: MakeWorker) -> AsyncIterator[Stranger]:
     assert process.stdout is not None
     address = (await process.stdout.readline()).decode().strip()
     yield Stranger(process, make_worker(grpc_address=address))
-    process.kill()
+    if process.returncode is None:
+        process.kill()
     await process.communicate()
 
 
