@@ -29,7 +29,7 @@ async def patient(cluster: ChaosCluster) -> AsyncIterator[ChaosCluster]:
     """With a second router, which has its own patience with readers."""
     shared = cluster.children["router"].config
     assert isinstance(shared, RouterConfig)
-    await cluster.start("patient", replace(shared, reader_timeout=READER_TIMEOUT))
+    await cluster.start("patient", replace(shared, port=0, grpc_port=0, reader_timeout=READER_TIMEOUT))
     yield cluster
     assert await cluster.children.pop("patient").stop() == 0
 
