@@ -36,10 +36,10 @@ PROSE = (Path(__file__).parents[1] / "data" / "prose.txt").read_text()  # 679 wo
 
 @pytest.fixture(scope="module")
 def prompts(demo_tokenizer: Tokenizer) -> list[list[int]]:
-    """Prompts of 1 to 1,500 tokens; the lengths are spread evenly over their logarithm."""
+    """Prompts of 1 to 1,500 tokens, more short ones than long ones."""
     tokens = demo_tokenizer.encode(WORDS * 40)
     draw = random.Random(7)
-    lengths = [round(LONGEST ** (i / (PROMPTS - 1))) for i in range(PROMPTS)]
+    lengths = [round(LONGEST ** ((i / (PROMPTS - 1)) ** 2)) for i in range(PROMPTS)]
     starts = [draw.randrange(len(tokens) - length) for length in lengths]
     return [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
