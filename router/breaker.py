@@ -53,8 +53,8 @@ class Breakers:
         self._breakers: dict[Incarnation, _Breaker] = {}
 
     def failed(self, worker: WorkerInfo, trouble: Trouble, now: float, sent: float) -> bool:
-        """A request that was sent there at ``sent`` failed. True if the worker was in good standing when it was
-        sent and takes all it has with it: nobody could have known."""
+        """A request that was sent there at ``sent`` failed. True if no worker that is up bears more: this one
+        is gone with all it had, or went down when nobody could have known."""
         breaker = self._breakers.setdefault((worker.id, worker.epoch), _Breaker())
         if now > breaker.trouble_until:
             breaker.trouble_since = now
@@ -62,7 +62,7 @@ class Breakers:
         breaker.failures += 1
         if trouble is not Trouble.FAILED or breaker.failures >= FAILURES or breaker.tripped_at is not None:
             self._trip(breaker, worker, trouble, now)
-        return trouble is not Trouble.FAILED and sent <= breaker.trouble_since
+        return trouble is Trouble.GONE or (trouble is Trouble.DOWN and sent <= breaker.trouble_since)
 
     def succeeded(self, worker: WorkerInfo, sent: float) -> None:
         """A request that was sent there at ``sent`` did well."""

@@ -134,13 +134,19 @@ def test_workers_that_are_gone_count_for_the_half(make_worker: MakeWorker) -> No
 
 def test_what_was_sent_before_the_trouble_moves(make_worker: MakeWorker) -> None:
     breakers, worker = Breakers(EJECT), make_worker(epoch=1)
-    assert breakers.failed(worker, Trouble.GONE, 10.0, 9.0)
-    assert breakers.failed(worker, Trouble.GONE, 10.1, 9.5)
-    assert not breakers.failed(worker, Trouble.GONE, 12.0, 10.5)
+    assert breakers.failed(worker, Trouble.DOWN, 10.0, 9.0)
+    assert breakers.failed(worker, Trouble.DOWN, 10.1, 9.5)
+    assert not breakers.failed(worker, Trouble.DOWN, 12.0, 10.5)
     later = 12.0 + QUIET_SECONDS
-    assert not breakers.failed(worker, Trouble.GONE, later, later - 1)
+    assert not breakers.failed(worker, Trouble.DOWN, later, later - 1)
     much_later = later + QUIET_SECONDS + 0.1
-    assert breakers.failed(worker, Trouble.GONE, much_later, much_later - 1)
+    assert breakers.failed(worker, Trouble.DOWN, much_later, much_later - 1)
+
+
+def test_what_was_on_a_worker_that_is_gone_moves_whenever_it_was_sent(make_worker: MakeWorker) -> None:
+    breakers, worker = Breakers(EJECT), make_worker(epoch=1)
+    assert breakers.failed(worker, Trouble.GONE, 10.0, 9.0)
+    assert breakers.failed(worker, Trouble.GONE, 12.0, 10.5)
 
 
 def test_what_fails_alone_does_not_move(make_worker: MakeWorker) -> None:
