@@ -19,6 +19,9 @@ from splitserve.v1 import inference_pb2_grpc
 from splitserve.v1.sampling_pb2 import SamplingParams
 
 MODEL = "tiny"
+# Of the draws of the first 200 cases with these seeds none lies within 1e-6 of the border between two tokens. A
+# probability's last bits depend on the batch that it is computed in: a draw at 1e-8 of a border goes either way.
+FIRST_SEED = 11_000
 _salts = itertools.count()  # an answer does not depend on it, a cache hit does
 
 UNAVAILABLE = ("Unavailable", "PeerLost")  # errors that say: try again
@@ -37,7 +40,7 @@ class Case:
     def sampling(self) -> SamplingParams:
         greedy = self.number % 2 == 0
         return SamplingParams(
-            temperature=0 if greedy else 1.0, seed=self.number, max_tokens=self.new, ignore_eos=True
+            temperature=0 if greedy else 1.0, seed=FIRST_SEED + self.number, max_tokens=self.new, ignore_eos=True
         )
 
 
