@@ -20,6 +20,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar, cast
 
 from engine.core import Engine, Reservation, StepResult
+from engine.pages_ahead import PagesAhead
 from engine.sequence import EngineOutput, EngineRequest
 from engine.stats import EngineStats
 from splitserve.cluster import WorkerLoad
@@ -35,11 +36,15 @@ _Item = EngineOutput | Reservation | SplitServeError
 
 
 class AsyncEngine:
-    """Serves one `Engine` to coroutines of one event loop."""
+    """Serves one `Engine` to coroutines of one event loop. ``working`` is told when its thread finds work and when
+    it goes to sleep."""
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
+    def __init__(
+        self, engine: Engine, *, max_waiting: int = 256, working: Callable[[bool], None] | None = None
+    ) -> None:
         self.engine = engine
         self._max_waiting = max_waiting
+        self._working = working or (lambda at_work: None)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outputs: dict[str, asyncio.Queue[_Item]] = {}
         self._events_lock = threading.Lock()
@@ -50,6 +55,7 @@ class AsyncEngine:
         self._step_began: float | None = None  # of the step under way; written by the thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._pages = None if engine.runner.on_gpu else PagesAhead(engine.runner.memory())
 
     @property
     def stats(self) -> EngineStats:
@@ -72,12 +78,16 @@ class AsyncEngine:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        if self._pages is not None:
+            self._pages.start()
 
     async def close(self) -> None:
         """Ends the thread after its current step; waiting callers get an EngineError. Then asserts that the
         engine's books are in order; raises EngineError if its thread has failed."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
+        if self._pages is not None:
+            await asyncio.to_thread(self._pages.close)
         self._check_thread()
         self.engine.check_integrity()
         for outputs in self._outputs.values():
@@ -249,7 +259,10 @@ class AsyncEngine:
         try:
             if sys.platform == "linux":  # elsewhere threads have no priority of their own
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-            self._serve()
+            try:
+                self._serve()
+            finally:
+                self._working(False)
         except Exception:
             log.critical("the engine's thread has failed: this worker can't go on", exc_info=True)
             self._broken = True
@@ -261,6 +274,7 @@ class AsyncEngine:
         while self._handle_calls(block=stuck or not self.engine.has_work):
             if not self.engine.has_work:
                 continue
+            self._working(True)
             try:
                 self._step_began = time.monotonic()
                 result = self.engine.step()
@@ -270,11 +284,15 @@ class AsyncEngine:
             finally:
                 self._step_began = None
             stuck = not result.computed and not result.reserved and not result.failed
+            if self._pages is not None:
+                self._pages.reach(self.engine.pool.reached * self.block_bytes)
             self._take_events()
             self._loop.call_soon_threadsafe(self._deliver, result)
 
     def _handle_calls(self, block: bool) -> bool:
         """Runs what came in; with ``block`` sleeps until something does. False: time to end."""
+        if block:
+            self._working(False)
         while True:
             try:
                 call = self._inbox.get(block=block)

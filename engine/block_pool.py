@@ -23,6 +23,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, *, caching: bool = True) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
+        self.reached = 0  # all blocks that were ever handed out lie below
         self._caching = caching
         self._references = [0] * num_blocks
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
@@ -69,6 +70,7 @@ class BlockPool:
             self._forget(block)
             self._references[block] = 1
             blocks.append(block)
+            self.reached = max(self.reached, block + 1)
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:

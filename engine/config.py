@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernels import SpareCores
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -20,6 +22,7 @@ class EngineConfig:
     host_kv_memory: int | None = None  # the same for a pool in host memory alone, where kv_cache_memory is None
     enable_prefix_caching: bool = True
     threads: int | None = None  # None: one for each core that the process may use
+    spare_cores: SpareCores | None = None  # of other processes, for the native CPU kernels
     device: str = "cpu"  # "auto" (a GPU that serves, else the CPU), "cpu", "cuda" or "cuda:N"
     gpu_memory_utilization: float = 0.9  # of the GPU's memory, for all that this process keeps there
     kernels: str = "auto"  # backend of `kernels.load_kernels`

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
+import torch
+
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.weights import ModelFiles, open_model
+from kernels import SpareCores
 from splitserve.config import WorkerConfig
 from splitserve.model_info import ModelDescription
 from splitserve.models import resolve_model, served_name
+from splitserve.shared_cores import COLUMNS, SharedCores
 
 
 def create_engine(
@@ -19,6 +23,7 @@ def create_engine(
 ) -> tuple[AsyncEngine, ModelDescription]:
     """Reads the model, warms it up, describes it. Takes seconds. ``make``: another engine, such as one that fails
     at a given point. Raises ConfigError."""
+    shared = SharedCores(config.core_table, config.cores) if config.core_table is not None else None
     engine_config = EngineConfig(
         model=config.model,
         dtype=config.dtype,
@@ -33,6 +38,7 @@ def create_engine(
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.enable_prefix_caching,
         threads=len(config.cores) or None,
+        spare_cores=None if shared is None else _spare(shared, config),
         kernels=config.kernels,
     )
     files = open_model(resolve_model(config.model))
@@ -54,4 +60,10 @@ def create_engine(
         max_sequence_tokens=engine.max_sequence_tokens,
         generation_defaults=files.config.generation_defaults,
     )
-    return AsyncEngine(engine, max_waiting=config.max_waiting), description
+    working = None if shared is None else shared.working
+    return AsyncEngine(engine, max_waiting=config.max_waiting, working=working), description
+
+
+def _spare(shared: SharedCores, config: WorkerConfig) -> SpareCores:
+    table = torch.frombuffer(shared.memory, dtype=torch.int32).view(-1, COLUMNS)
+    return SpareCores(config.spare_cores, table, borrower=config.cores[0] + 1)

@@ -98,7 +98,7 @@ class Runner:
         if isinstance(self._device, CudaDevice) and config.kv_cache_memory is None:
             check_free(*self._device.memory(), config.gpu_memory_utilization)
         try:
-            self.kernels = kernels or load_kernels(str(where), config.kernels)
+            self.kernels = kernels or load_kernels(str(where), config.kernels, config.spare_cores)
             self.kernels.check(
                 AttentionShape(
                     model.num_heads,

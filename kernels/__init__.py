@@ -8,24 +8,24 @@ from __future__ import annotations
 import logging
 import os
 
-from kernels.interface import AttentionBatch, AttentionShape, Kernels, Linear, SampleParams, pool_shape
+from kernels.interface import AttentionBatch, AttentionShape, Kernels, Linear, SampleParams, SpareCores, pool_shape
 from kernels.reference import ReferenceKernels
 
 __all__ = [
-    "AttentionBatch", "AttentionShape", "Kernels", "Linear", "ReferenceKernels", "SampleParams", "load_kernels",
-    "pool_shape",
+    "AttentionBatch", "AttentionShape", "Kernels", "Linear", "ReferenceKernels", "SampleParams", "SpareCores",
+    "load_kernels", "pool_shape",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 
-def load_kernels(device: str = "cpu", name: str = "auto") -> Kernels:
+def load_kernels(device: str = "cpu", name: str = "auto", spare: SpareCores | None = None) -> Kernels:
     """A backend that runs on ``device`` ("cpu", "cuda" or "cuda:N").
 
     ``name``: "reference" (torch), "cpu" (native), "triton", or "auto", the best one: Triton on a GPU, native on a
     CPU if it can be built, else the reference, and a log line says why. ``SPLITSERVE_CPU_ISA`` forces an
-    instruction set of the native backend. Raises ValueError for an unknown name or device, BuildError if "cpu"
-    can't be built.
+    instruction set of the native backend, which alone makes use of ``spare`` cores. Raises ValueError for an
+    unknown name or device, BuildError if "cpu" can't be built.
     """
     if name not in ("auto", "cpu", "reference", "triton"):
         raise ValueError(f"unknown kernels {name!r}; there are auto, cpu, reference and triton")
@@ -39,7 +39,7 @@ def load_kernels(device: str = "cpu", name: str = "auto") -> Kernels:
     from kernels.cpu.build import BuildError
 
     try:
-        kernels = CpuKernels(isa=os.environ.get("SPLITSERVE_CPU_ISA") or None)
+        kernels = CpuKernels(isa=os.environ.get("SPLITSERVE_CPU_ISA") or None, spare=spare)
     except (BuildError, OSError) as error:
         if name == "cpu":
             raise

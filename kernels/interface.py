@@ -35,6 +35,15 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class SpareCores:
+    """Cores of other processes of this machine, which may be computed on while their owners have nothing to do."""
+
+    cores: tuple[int, ...]
+    table: Tensor  # [cores of the machine, 16] int32, shared: 0 owner at work, 1 borrower or 0, 2 calls joined
+    borrower: int  # this process in column 1; not 0
+
+
+@dataclass(frozen=True, slots=True)
 class SampleParams:
     """How each row of a batch draws its token. On the device of the logits."""
 

@@ -51,6 +51,8 @@ class WorkerConfig:
     max_waiting: int = 256
     kernels: str = "auto"
     cores: tuple[int, ...] = ()  # empty: all that the process may use
+    spare_cores: tuple[int, ...] = ()  # of other workers here, used while these idle
+    core_table: str | None = None  # the file that says so, see `splitserve.shared_cores`
     lease_seconds: float = 5.0  # how long the directory believes a silent worker
     transfer_lease_seconds: float = 10.0
     step_timeout: float = 60.0  # a step that takes longer will never end: not live

@@ -22,6 +22,7 @@ from splitserve.api_keys import ApiKey, new_key
 from splitserve.children import Child
 from splitserve.config import RouterConfig, WorkerConfig
 from splitserve.redis_server import PrivateRedis
+from splitserve.shared_cores import create_table, spare_cores
 
 START_SECONDS = 600.0  # a large model takes long to read
 SEEN_SECONDS = 10.0
@@ -37,6 +38,7 @@ class ClusterSpec:
     workers: tuple[WorkerConfig, ...]
     run_dir: Path  # sockets
     log_dir: Path | None = None  # None: the children write to this process's stderr
+    lend_cores: bool = True  # workers that have cores of their own compute on those of idle ones, too
 
 
 class LocalCluster:
@@ -69,7 +71,8 @@ class LocalCluster:
                 self.redis = PrivateRedis(self._spec.run_dir)
                 self.redis_url = await self._stack.enter_async_context(self.redis)
                 self._report("redis", "ready")
-            await asyncio.gather(*(self._start(c.worker_id or c.role, c) for c in self._spec.workers))
+            workers = self._share_cores()
+            await asyncio.gather(*(self._start(c.worker_id or c.role, c) for c in workers))
             router = self._spec.router
             if router.api_keys:
                 own = ApiKey.of(self._key, "splitserve-up")
@@ -121,6 +124,18 @@ class LocalCluster:
                 task.cancel()
         first = done.pop()
         return waits[first], first.result()
+
+    def _share_cores(self) -> list[WorkerConfig]:
+        """The workers, each with the others' cores as spare ones."""
+        workers, table = self._spec.workers, self._spec.run_dir / "cores"
+        spare = spare_cores([worker.cores for worker in workers])
+        if not (self._spec.lend_cores and any(spare)):
+            return list(workers)
+        create_table(table, [core for worker in workers for core in worker.cores])
+        return [
+            replace(worker, spare_cores=cores, core_table=str(table))
+            for worker, cores in zip(workers, spare, strict=True)
+        ]
 
     async def _start(self, name: str, config: WorkerConfig | RouterConfig) -> None:
         child = Child(name, replace(config, redis_url=config.redis_url or self.redis_url), self._spec.log_dir)

@@ -41,7 +41,7 @@ def config_from_json(kind: type[_Config], text: str) -> _Config:
     for name in ("tls", "public_tls"):
         if fields.get(name) is not None:
             fields[name] = TlsFiles(**fields[name])
-    for name in ("transports", "cores"):
+    for name in ("transports", "cores", "spare_cores"):
         if name in fields:
             fields[name] = tuple(fields[name])
     if "role" in fields:

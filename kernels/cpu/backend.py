@@ -7,8 +7,8 @@ every model runs. Meant for one caller at a time; a second one is served correct
 from __future__ import annotations
 
 import weakref
-from ctypes import addressof
-from typing import NamedTuple
+from ctypes import addressof, c_int32
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.cpu import linear
 from kernels.cpu.build import library, runnable_isas
 from kernels.cpu.library import Batch, Functions, KvPool, Library
-from kernels.interface import UNSCALED, AttentionBatch, AttentionShape, KvScales, Linear, SampleParams
+from kernels.interface import UNSCALED, AttentionBatch, AttentionShape, KvScales, Linear, SampleParams, SpareCores
 from kernels.reference import GateUp, ReferenceKernels
 
 MAX_HEAD_DIM = 256
@@ -36,7 +36,8 @@ class _BoundPool(NamedTuple):
 
 
 class CpuKernels:
-    """Kernels for float32 and bfloat16 models on ``threads`` threads (torch's number when made, by default).
+    """Kernels for float32 and bfloat16 models on ``threads`` threads (torch's number when made, by default), and
+    on ``spare`` cores while these are free.
 
     ``isa`` is one of ``kernels.cpu.build.ISAS``; by default the best that this machine runs. Raises BuildError
     without a compiler, ValueError for an unknown ``isa``.
@@ -45,17 +46,30 @@ class CpuKernels:
     name = "cpu"
     capturable = False
 
-    def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, isa: str | None = None, threads: int | None = None, spare: SpareCores | None = None
+    ) -> None:
         self.isa = isa or runnable_isas()[0]
         self.threads = threads or torch.get_num_threads()
         self._library = Library(library(self.isa))
-        self._pool: int | None = self._library.pool_create(self.threads)
+        self._spare = spare  # kept: the pool's threads look into the table
+        self._pool: int | None = self._create_pool(spare)
         self._close = weakref.finalize(self, self._library.pool_destroy, self._pool)
         self._functions = {torch.float32: self._library.float32, torch.bfloat16: self._library.bfloat16}
         self._reference = ReferenceKernels()
         # A step calls every layer with the same batch and pool: what C needs of them is laid out once.
         self._batch: _BoundBatch | None = None
         self._kv: _BoundPool | None = None
+
+    def _create_pool(self, spare: SpareCores | None) -> Any:
+        if spare is None:
+            return self._library.pool_create(self.threads, None, None, 0, 0)
+        table = spare.table
+        assert table.dtype is torch.int32 and table.is_contiguous() and table.shape[1] == 16
+        assert all(0 <= core < len(table) for core in spare.cores) and spare.borrower != 0
+        count = len(spare.cores)
+        cores = (c_int32 * count)(*spare.cores)
+        return self._library.pool_create(self.threads, table.data_ptr(), cores, count, spare.borrower)
 
     def close(self) -> None:
         """Ends the threads; the kernels and their linear layers must not be called again."""

@@ -104,7 +104,7 @@ class Library:
         if self._dll.ss_prepare() != 0:
             raise OSError(f"{path.name}: the system does not grant the instructions that it needs")
         self._bind("ss_keep_memory", ())()
-        self.pool_create = self._bind("ss_pool_create", (c_int,), c_void_p)
+        self.pool_create = self._bind("ss_pool_create", (c_int, c_void_p, c_void_p, c_int, c_int), c_void_p)
         self.pool_destroy = self._bind("ss_pool_destroy", (c_void_p,))
         self.read_memory = self._bind("ss_read_memory", (c_void_p, c_void_p, c_long), c_uint64)
         self.pack_int8 = self._bind("ss_pack_int8", (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p))

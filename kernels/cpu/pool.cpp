@@ -1,6 +1,9 @@
 #include "pool.h"
 
 #if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -18,10 +21,25 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kLinger = std::chrono::microseconds(40);
+constexpr int kNice = 10;  // of a thread on a spare core: behind what its owner's event loop does there
 
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#endif
+}
+
+// Whether the calling thread runs on that core from now on, and only there.
+bool move_to(int core) {
+#if defined(__linux__)
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(core, &only);
+  return pthread_setaffinity_np(pthread_self(), sizeof only, &only) == 0 &&
+         setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), kNice) == 0;
+#else
+  (void)core;
+  return false;
 #endif
 }
 
@@ -35,8 +53,14 @@ struct Scratch {
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads, const SpareCores& spare) : borrower_(spare.borrower) {
   for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
+  for (int i = 0; i < spare.count; i++) {
+    const int core = spare.cores[i];
+    Spare& added = spares_.emplace_back();
+    added.core = spare.table + core;
+    workers_.emplace_back([this, &added, core] { work_on(added, core); });
+  }
 }
 
 Pool::~Pool() {
@@ -48,8 +72,24 @@ Pool::~Pool() {
   for (auto& worker : workers_) worker.join();
 }
 
-void Pool::drain() {
-  for (long i; (i = next_.fetch_add(1)) < items_;) fn_(ctx_, i);
+template <class Go>
+void Pool::drain(Go go_on) {
+  for (long i; go_on() && (i = next_.fetch_add(1)) < items_;) fn_(ctx_, i);
+}
+
+bool Pool::free(const Spare& spare) const {
+  const int32_t borrower = spare.core->borrower.load();
+  return spare.core->working.load() == 0 && (borrower == 0 || borrower == borrower_);
+}
+
+bool Pool::borrow(Spare& spare) {
+  int32_t nobody = 0;
+  return free(spare) && (spare.core->borrower.compare_exchange_strong(nobody, borrower_) || nobody == borrower_);
+}
+
+void Pool::give_back(Spare& spare) {
+  int32_t me = borrower_;
+  spare.core->borrower.compare_exchange_strong(me, 0);
 }
 
 void Pool::run(long items, void (*fn)(void*, long), void* ctx) {
@@ -62,11 +102,13 @@ void Pool::run(long items, void (*fn)(void*, long), void* ctx) {
   next_ = 0;
   open_ = true;
   generation_.fetch_add(1);
-  if (sleeping_.load() > 0) {
+  bool wake = sleeping_.load() > 0;
+  for (const Spare& spare : spares_) wake |= spare.asleep.load() && free(spare);
+  if (wake) {
     std::lock_guard<std::mutex> lock(sleep_);
     wake_.notify_all();
   }
-  drain();
+  drain([] { return true; });
   // A worker raises active_ before it looks at open_: once this reads 0, none can still enter this job.
   open_ = false;
   for (int spins = 0; active_.load() != 0; spins++) {
@@ -90,7 +132,32 @@ void Pool::work() {
     if (stop_) return;
     seen = generation_.load();
     active_.fetch_add(1);
-    if (open_.load()) drain();
+    if (open_.load()) drain([] { return true; });
+    active_.fetch_sub(1);
+  }
+}
+
+void Pool::work_on(Spare& spare, int core) {
+  if (!move_to(core)) return;  // the caller computes without it
+  long seen = 0;
+  while (true) {
+    auto until = Clock::now() + kLinger;
+    while (!(generation_.load() != seen && borrow(spare)) && !stop_) {
+      for (int i = 0; i < 16; i++) relax();
+      if (free(spare) && Clock::now() < until) continue;
+      give_back(spare);
+      std::unique_lock<std::mutex> lock(sleep_);
+      spare.asleep = true;
+      wake_.wait(lock, [&] { return (generation_.load() != seen && free(spare)) || stop_; });
+      spare.asleep = false;
+    }
+    if (stop_) return give_back(spare);
+    seen = generation_.load();
+    active_.fetch_add(1);
+    if (open_.load()) {
+      spare.core->calls.fetch_add(1, std::memory_order_relaxed);
+      drain([&] { return spare.core->working.load(std::memory_order_relaxed) == 0; });
+    }
     active_.fetch_sub(1);
   }
 }
@@ -118,7 +185,11 @@ int ss_prepare() {
 #endif
 }
 
-Pool* ss_pool_create(int threads) { return threads > 1 ? new (std::nothrow) Pool(threads) : nullptr; }
+// `table` lies in memory that processes share, and outlives the pool; `spare` names cores of other processes.
+Pool* ss_pool_create(int threads, SharedCore* table, const int32_t* spare, int count, int borrower) {
+  if (threads + count < 2) return nullptr;
+  return new (std::nothrow) Pool(threads, SpareCores{table, spare, count, borrower});
+}
 
 void ss_pool_destroy(Pool* pool) { delete pool; }
 

@@ -1,28 +1,59 @@
 // A few worker threads that share the items of one call, and per-thread scratch memory.
 //
 // Threads sleep on a condition variable when idle; after a call they look for the next one for a few tens of
-// microseconds, so that the calls of one model step find them awake. Knows nothing of tensors.
+// microseconds, so that the calls of one model step find them awake. A thread on a spare core, one that belongs to
+// another process, takes items only while that process has nothing to compute, and looks before each. Knows nothing
+// of tensors.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
+#include <deque>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+// One core in memory that processes share; zeros at the start.
+struct alignas(64) SharedCore {
+  std::atomic<int32_t> working;   // its owner computes
+  std::atomic<int32_t> borrower;  // who computes on it meanwhile; 0: nobody
+  std::atomic<int32_t> calls;     // that borrowers have joined
+};
+
+// The cores of idle neighbours. `table` has a row for each core of the machine; `borrower` names this process.
+struct SpareCores {
+  SharedCore* table;
+  const int32_t* cores;
+  int32_t count, borrower;
+};
+
 class Pool {
  public:
-  explicit Pool(int threads);
+  // `threads` with the caller's, and one more for each spare core.
+  Pool(int threads, const SpareCores& spare);
   ~Pool();
   int threads() const { return (int)workers_.size() + 1; }
   // Calls fn(ctx, i) for every i in [0, items), on the workers and the caller; returns when all are done.
   void run(long items, void (*fn)(void*, long), void* ctx);
 
  private:
-  void work();
-  void drain();
+  struct Spare {
+    SharedCore* core;
+    std::atomic<bool> asleep{false};
+  };
 
+  void work();
+  void work_on(Spare& spare, int core);
+  bool free(const Spare& spare) const;
+  bool borrow(Spare& spare);
+  void give_back(Spare& spare);
+  template <class Go>
+  void drain(Go go_on);
+
+  int32_t borrower_;
+  std::deque<Spare> spares_;
   std::vector<std::thread> workers_;
   std::mutex caller_;  // one call at a time; a second caller computes alone
   std::mutex sleep_;

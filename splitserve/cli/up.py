@@ -53,6 +53,9 @@ def up(
     request_timeout: o.RequestTimeout = 600.0,
     worker_timeout: o.WorkerTimeout = 2.0,
     drain_timeout: o.DrainTimeout = 30.0,
+    lend_cores: Annotated[
+        bool, typer.Option("--lend-cores/--no-lend-cores", help="Let workers use the cores of idle ones.")
+    ] = True,
     api_key: o.ApiKeys = None,
     api_key_file: o.ApiKeyFile = None,
     ssl_certfile: o.SslCert = None,
@@ -84,7 +87,7 @@ def up(
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode))
         for i in range(count)
     ]
-    raise typer.Exit(asyncio.run(_run(router, local_workers(workers))))
+    raise typer.Exit(asyncio.run(_run(router, local_workers(workers), lend_cores)))
 
 
 def local_workers(workers: list[WorkerConfig]) -> tuple[WorkerConfig, ...]:
@@ -101,7 +104,7 @@ def local_workers(workers: list[WorkerConfig]) -> tuple[WorkerConfig, ...]:
     )
 
 
-async def _run(router: RouterConfig, workers: tuple[WorkerConfig, ...]) -> int:
+async def _run(router: RouterConfig, workers: tuple[WorkerConfig, ...], lend_cores: bool) -> int:
     console = Console(stderr=True, highlight=False)
     began = time.monotonic()
 
@@ -115,7 +118,7 @@ async def _run(router: RouterConfig, workers: tuple[WorkerConfig, ...]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     with tempfile.TemporaryDirectory(prefix="splitserve-") as scratch:
-        cluster = LocalCluster(ClusterSpec(router, workers, Path(scratch)), report)
+        cluster = LocalCluster(ClusterSpec(router, workers, Path(scratch), lend_cores=lend_cores), report)
         starting = asyncio.ensure_future(cluster.__aenter__())
         stop = asyncio.ensure_future(stopping.wait())
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import time
@@ -18,6 +19,7 @@ from openai import AsyncOpenAI, OpenAI
 from splitserve.cluster import Role
 from splitserve.directory import Directory
 from splitserve.grpc_server import open_channel
+from splitserve.shared_cores import COLUMNS
 from splitserve.v1 import inference_pb2 as pb
 from splitserve.v1 import inference_pb2_grpc, sampling_pb2, worker_pb2, worker_pb2_grpc
 from tests.e2e.conftest import RunningCluster, pair, running, worker
@@ -59,6 +61,22 @@ def test_bytes_moved_are_blocks_times_block_size(tiny_cluster: RunningCluster) -
     before = metric(tiny_cluster, "decode-0", "kv_transfer_bytes_total")
     assert complete(tiny_cluster, prompt(100, seed=1)).status_code == 200
     assert metric(tiny_cluster, "decode-0", "kv_transfer_bytes_total") - before == 7 * BLOCK_BYTES
+
+
+def test_a_decode_worker_computes_on_the_core_of_the_idle_prefill_worker(tiny_cluster: RunningCluster) -> None:
+    spec = tiny_cluster.cluster._spec
+    prefill_core = spec.workers[0].cores[0]
+
+    def calls() -> int:
+        table = memoryview((spec.run_dir / "cores").read_bytes()).cast("i")
+        return table[prefill_core * COLUMNS + 2]
+
+    before = calls()
+    complete(tiny_cluster, prompt(100, seed=2), max_tokens=64)
+    if len(os.sched_getaffinity(0)) > 1:
+        assert calls() > before
+    else:
+        assert calls() == 0  # they share the only core
 
 
 def test_kv_travels_over_ucx(tiny_cluster: RunningCluster) -> None:

@@ -197,6 +197,19 @@ async def test_an_idle_engine_makes_no_steps(engine: AsyncEngine) -> None:
     assert engine.stats.steps == before
 
 
+async def test_neighbours_are_told_when_it_works_and_when_it_sleeps(tiny: Callable[..., Path]) -> None:
+    told: list[bool] = []
+    core = Engine(EngineConfig(str(tiny()), dtype="float32", kv_cache_memory=POOL, threads=1), open_model(tiny()))
+    engine = AsyncEngine(core, working=told.append)
+    await engine.start()
+    await until(lambda: told == [False])
+    await answer(engine, request("a", [1, 2]))
+    await until(lambda: not told[-1])
+    assert told.count(True) == 8  # one a step
+    await engine.close()
+    assert told[-1] is False
+
+
 async def test_a_failure_of_the_thread_is_told_to_everybody(tiny: Callable[..., Path]) -> None:
     core = Engine(EngineConfig(str(tiny()), dtype="float32", kv_cache_memory=POOL, threads=1), open_model(tiny()))
     broken = AsyncEngine(core)
