@@ -185,7 +185,9 @@ class Runner:
     def collect(self, launched: Launched) -> list[Sampled | None]:
         """Waits for the step: a token for each of its ``sequences``, None where a row is not finite."""
         if launched.drawn is None or launched.wait is None:
-            return sample(launched.logits, launched.sequences) if launched.sequences else []
+            if not launched.sequences:
+                return []
+            return sample(launched.logits, launched.sequences, self.kernels.argmax)
         launched.wait()
         tokens, finite = launched.drawn.tolist()
         return [(token, None) if ok else None for token, ok in zip(tokens, finite, strict=True)]
@@ -221,7 +223,7 @@ class Runner:
         """Tokens on the device, and a copy of them under way to the host."""
         logits, sequences = launched.logits, launched.sequences
         if all(s.params.greedy for s in sequences):
-            tokens = logits.argmax(dim=-1)
+            tokens = self.kernels.argmax(logits)
         else:
             tokens = self.kernels.sample(logits, SampleParams(*self._staging.upload_numbers(numbers(sequences))))
         self._drawn[: len(sequences)].copy_(tokens)

@@ -9,6 +9,7 @@ Invariant: a row whose logits are not finite gives None and leaves the other row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -36,11 +37,14 @@ def uniform(seed: int, index: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | None]:
-    """One token for each row of ``logits [rows, vocab]`` (any float dtype); None where a row is not finite."""
+def sample(
+    logits: Tensor, sequences: SequenceOf[Sequence], argmax: Callable[[Tensor], Tensor]
+) -> list[Sampled | None]:
+    """One token for each row of ``logits [rows, vocab]`` (any float dtype); None where a row is not finite.
+    ``argmax``: as `kernels.Kernels.argmax`."""
     raw = logits.float()
     greedy_rows = [i for i, s in enumerate(sequences) if _is_plain(s)]
-    tokens = raw.argmax(dim=-1)
+    tokens = argmax(raw)
     finite = torch.isfinite(raw.gather(1, tokens.unsqueeze(1)).squeeze(1)).tolist()
     chosen: list[int] = tokens.tolist()
     if len(greedy_rows) < len(sequences):

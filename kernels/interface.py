@@ -149,6 +149,11 @@ class Kernels(Protocol):
         """``gate_up [T, 2 * I]`` -> ``silu(gate) * up``, ``[T, I]``. https://arxiv.org/abs/2002.05202"""
         ...
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The place of the largest of each row of ``logits [S, V]`` float32 -> ``[S]`` int64; of equal ones the
+        first, and a NaN is larger than anything."""
+        ...
+
     def sample(self, logits: Tensor, params: SampleParams) -> Tensor:
         """One token for each row of ``logits [S, V]`` float32 -> ``[S]`` int64, always below V.
 

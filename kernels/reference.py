@@ -147,6 +147,9 @@ class ReferenceKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)
+
     def sample(self, logits: Tensor, params: SampleParams) -> Tensor:
         greedy = params.temperature == 0
         scaled = logits / torch.where(greedy, 1.0, params.temperature).unsqueeze(1)

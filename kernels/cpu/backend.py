@@ -182,6 +182,14 @@ class CpuKernels:
         functions.silu_mul(self._pool, gate_up.data_ptr(), row, rows, width, out.data_ptr())
         return out
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        if logits.dtype is not torch.float32 or not logits.is_contiguous():
+            return self._reference.argmax(logits)
+        rows, width = logits.shape
+        out = torch.empty(rows, dtype=torch.int64)
+        self._library.argmax(self._pool, logits.data_ptr(), rows, width, out.data_ptr())
+        return out
+
     def sample(self, logits: Tensor, params: SampleParams) -> Tensor:
         return self._reference.sample(logits, params)
 

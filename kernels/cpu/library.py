@@ -107,6 +107,7 @@ class Library:
         self.pool_create = self._bind("ss_pool_create", (c_int, c_void_p, c_void_p, c_int, c_int), c_void_p)
         self.pool_destroy = self._bind("ss_pool_destroy", (c_void_p,))
         self.read_memory = self._bind("ss_read_memory", (c_void_p, c_void_p, c_long), c_uint64)
+        self.argmax = self._bind("ss_argmax", (c_void_p, c_void_p, c_long, c_long, c_void_p))
         self.pack_int8 = self._bind("ss_pack_int8", (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p))
         self.float32 = self._functions("f32")
         self.bfloat16 = self._functions("bf16")

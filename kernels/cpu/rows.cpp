@@ -130,7 +130,37 @@ void silu_mul(Pool* pool, const T* gate_up, long row, long rows, long width, T* 
   });
 }
 
+// The first place of the largest value, or of a NaN.
+long largest(const float* x, long width) {
+  float top = -INFINITY;
+  bool nan = false;
+  long j = 0;
+  if (width >= W) {
+    VF best = load(x);
+    VI wrong = {};
+    for (; j + W <= width; j += W) {
+      const VF v = load(x + j);
+      best = vmax(best, v);
+      wrong |= v != v;
+    }
+    top = max_lanes(best);
+    nan = any(wrong);
+  }
+  for (; j < width; j++) {
+    top = std::fmax(top, x[j]);
+    nan |= x[j] != x[j];
+  }
+  for (j = 0; j < width; j++)
+    if (nan ? x[j] != x[j] : x[j] == top) return j;
+  return 0;
+}
+
 }  // namespace
+
+// The place of the largest of each row of x [rows][width], the first of equal ones; NaN is larger than anything.
+extern "C" void ss_argmax(Pool* pool, const float* x, long rows, long width, int64_t* out) {
+  over_rows(pool, rows, width, [&](long r) { out[r] = largest(x + r * width, width); });
+}
 
 #define SS_ROWS(suffix, T)                                                                                          \
   extern "C" void ss_rms_norm_##suffix(Pool* pool, const T* x, long outer_stride, long inner, long inner_stride,    \

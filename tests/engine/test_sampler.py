@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.sampler import sample, uniform
+from engine import sampler
+from engine.sampler import Sampled, uniform
 from engine.sequence import EngineRequest, Sequence
 from splitserve.sampling import SamplingParams
 
@@ -17,6 +18,10 @@ VOCAB = 50
 def sequence(params: SamplingParams, prompt: tuple[int, ...] = (1,), generated: tuple[int, ...] = ()) -> Sequence:
     request = EngineRequest("r", [*prompt, *generated], params, num_prompt=len(prompt))
     return Sequence.from_request(request, frozenset({49}), 1000, b"", loads=False)
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled | None]:
+    return sampler.sample(logits, sequences, lambda rows: rows.argmax(dim=-1))
 
 
 def one(logits: torch.Tensor, params: SamplingParams, **more: tuple[int, ...]) -> int:

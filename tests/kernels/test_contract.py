@@ -337,6 +337,28 @@ def exact_sample(logits: Tensor, sampling: tuple[float, int, float, float], unif
     return {int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(scaled) - 1)) for point in points}
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 320), (16, 5001)])
+def test_argmax_is_the_first_of_the_largest(kernels: Kernels, shape: tuple[int, int]) -> None:
+    logits = torch.randn(shape).round(decimals=1)  # many are equal
+    tokens = kernels.argmax(logits)
+    assert tokens.dtype is torch.int64
+    for row, token in zip(logits.tolist(), tokens.tolist(), strict=True):
+        assert token == row.index(max(row))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_argmax_finds_what_is_not_finite(kernels: Kernels, bad: float) -> None:
+    logits = torch.randn(4, 133)
+    logits[1, 70] = bad
+    logits[2] = bad
+    logits[3, 132] = bad
+    tokens = kernels.argmax(logits)
+    assert torch.isfinite(logits[0, tokens[0]])
+    assert not torch.isfinite(logits[2, tokens[2]])
+    if bad != -torch.inf:
+        assert (int(tokens[1]), int(tokens[3])) == (70, 132)
+
+
 @pytest.mark.parametrize("vocab", [7, 320, 5000])
 def test_sample_draws_as_the_filters_say(kernels: Kernels, vocab: int) -> None:
     rows = [sampling for sampling in SAMPLINGS for _ in range(3)]
