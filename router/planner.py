@@ -17,7 +17,7 @@ from router.recent_prompts import RecentPrompts, either
 from router.snapshot import ClusterView
 from splitserve.cluster import WorkerState
 from splitserve.directory import Directory
-from splitserve.errors import Unavailable
+from splitserve.errors import Overloaded, Unavailable
 from splitserve.hashing import BlockHash, block_hashes, chain_root
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class Planner:
         self._view = view
         self._config = config
         self._recent: RecentPrompts[BlockHash] = RecentPrompts()
+        self._full: set[str] = set()  # models whose last plan was refused for lack of room
 
     async def plan(
         self, request: GenerationRequest, spec: ModelSpec, tokens: Sequence[int], excluded: Collection[Incarnation]
@@ -53,10 +54,18 @@ class Planner:
             # log probabilities of a prompt need all of it computed, and only decode events carry them
             states = tuple(s for s in states if s.info.role == "decode")
             return plan(demand, {}, states, self._config)
+        if spec.name in self._full:  # under overload a refusal costs no hash and no round trip
+            usable = self._view.breakers.usable(states, now)
+            plan(demand, {s.info.id: len(tokens) for s in usable}, usable, self._config)
         root = chain_root(bytes.fromhex(spec.fingerprint), request.cache_salt)
         hashes = block_hashes(root, tokens, spec.block_tokens)
         owned = either(await self._owned(hashes, states), self._recent.longest_prefix(hashes, now))
-        chosen = plan(demand, owned, self._view.breakers.usable(states, now), self._config)
+        try:
+            chosen = plan(demand, owned, self._view.breakers.usable(states, now), self._config)
+        except Overloaded:
+            self._full.add(spec.name)
+            raise
+        self._full.discard(spec.name)
         if chosen.prefill is not None:
             until = now + chosen.first_token_seconds + ANNOUNCE_SECONDS
             self._recent.add(chosen.prefill.info.id, hashes, until)

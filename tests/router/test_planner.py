@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,8 +12,8 @@ from router.policy import PolicyConfig
 from router.snapshot import ClusterView
 from splitserve.cluster import Role, WorkerInfo
 from splitserve.directory import Directory
-from splitserve.errors import InvalidRequest, Unavailable
-from splitserve.hashing import block_hashes, chain_root
+from splitserve.errors import InvalidRequest, Overloaded, Unavailable
+from splitserve.hashing import BlockHash, block_hashes, chain_root
 from splitserve.redis_server import PrivateRedis
 from splitserve.sampling import SamplingParams
 from tests.router.scripted import MakeWorker
@@ -73,6 +73,30 @@ async def test_a_prompt_that_the_decode_worker_knows_skips_the_prefill_worker(
     await own(directory, workers[1], spec, 5)
     plan = await planner.plan(request(), spec, TOKENS, ())
     assert (plan.prefill, plan.uncached_decode) == (None, 20)
+
+
+async def test_under_overload_a_refusal_asks_nobody(
+    planner: Planner, spec: ModelSpec, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+    ask = directory.longest_prefix
+
+    async def counted(hashes: Sequence[BlockHash], workers: Sequence[tuple[str, int]]) -> dict[str, int]:
+        nonlocal asked
+        asked += 1
+        return await ask(hashes, workers)
+
+    monkeypatch.setattr(directory, "longest_prefix", counted)
+    roomy = planner._config
+    planner._config = PolicyConfig(max_waiting=0)
+    for _ in range(3):
+        with pytest.raises(Overloaded):
+            await planner.plan(request(), spec, TOKENS, ())
+    assert asked == 1
+    planner._config = roomy
+    for _ in range(2):
+        await planner.plan(request(), spec, TOKENS, ())
+    assert asked == 3
 
 
 async def test_blocks_of_another_salt_are_not_found(
