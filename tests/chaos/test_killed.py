@@ -8,7 +8,7 @@ import signal
 import grpc.aio
 import pytest
 
-from tests.chaos.cluster import SECONDS, ChaosCluster
+from tests.chaos.cluster import ChaosCluster
 from tests.chaos.load import UNAVAILABLE, Case, Oracle, ask, cases
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -19,7 +19,6 @@ POISON = [7] * 40
 LONG = Case(1, LONG.prompt * 3, 100)  # drawn with a seed
 
 
-@pytest.mark.skipif(not SECONDS, reason="fails now and then, not yet understood: make chaos")
 async def test_a_prefill_worker_killed_in_the_middle_of_a_transfer_costs_nobody_an_answer(
     cluster: ChaosCluster, channel: grpc.aio.Channel, oracle: Oracle
 ) -> None:
@@ -58,7 +57,6 @@ async def test_a_decode_worker_killed_under_load_costs_nobody_an_answer(
     assert await cluster.retries() > before
 
 
-@pytest.mark.skipif(not SECONDS, reason="fails now and then, not yet understood: make chaos")
 async def test_all_prefill_workers_killed_at_once_leave_decode_workers_that_serve_alone(
     cluster: ChaosCluster, channel: grpc.aio.Channel, oracle: Oracle
 ) -> None:

@@ -67,7 +67,6 @@ async def test_a_slow_redis_costs_nobody_an_answer(
     assert cluster.redis_link.chunks_delayed > 0
 
 
-@pytest.mark.skipif(not SECONDS, reason="fails now and then, not yet understood: make chaos")
 @pytest.mark.parametrize(
     "empty", [False, True] if SECONDS else [True], ids=lambda e: "empty" if e else "as it was"
 )

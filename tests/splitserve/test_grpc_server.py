@@ -48,7 +48,7 @@ class Servicer(inference_pb2_grpc.InferenceServicer):
 
 
 @asynccontextmanager
-async def serving(servicer: Servicer, **options: Any) -> AsyncIterator[tuple[GrpcServer, Any]]:
+async def serving(servicer: inference_pb2_grpc.InferenceServicer, **options: Any) -> AsyncIterator[tuple[GrpcServer, Any]]:
     def register(server: grpc.aio.Server) -> None:
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
 
@@ -212,3 +212,31 @@ async def test_messages_of_many_megabytes_pass_and_larger_ones_do_not() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await drain(stub.Generate(pb.GenerateRequest(text="x" * (17 << 20))))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Talkative(inference_pb2_grpc.InferenceServicer):
+    """Answers with 100 messages of 1 MB."""
+
+    def __init__(self) -> None:
+        self.closed = asyncio.Event()
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            for _ in range(100):
+                yield pb.GenerateResponse(text="a" * 1_000_000)
+        finally:
+            self.closed.set()
+
+
+async def test_a_caller_who_takes_no_message_is_given_up_and_others_are_not() -> None:
+    servicer = Talkative()
+    async with serving(servicer, write_seconds=0.3) as (_, stub):
+        call = stub.Generate(pb.GenerateRequest())
+        assert len((await call.read()).text) == 1_000_000
+        async with asyncio.timeout(30):  # it reads no more
+            await servicer.closed.wait()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert [len(message.text) async for message in stub.Generate(pb.GenerateRequest())] == [1_000_000] * 100
