@@ -41,10 +41,13 @@ class FaultyConnection(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inner.recv_frame()
 
-    async def send_payload(self, slot: int, data: memoryview) -> None:
+    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
         damaged = self._fault(slot, data)
         if damaged is not None:
-            await self._inner.send_payload(slot, damaged)
+            return self._inner.send_payload(slot, damaged)
+        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        lost.set_result(None)
+        return lost
 
     def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
         return self._inner.post_payload(slot, into)

@@ -44,12 +44,14 @@ class MemoryConnection(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inbox.get()
 
-    async def send_payload(self, slot: int, data: memoryview) -> None:
-        other = self._peer_end()
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        other._offered[slot] = (data, done)
-        other._match(slot)
-        await done
+    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._closed or self._other is None:
+            sent.set_exception(ConnectionLost("closed"))
+        else:
+            self._other._offered[slot] = (data, sent)
+            self._other._match(slot)
+        return sent
 
     def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -74,9 +76,8 @@ class MemoryConnection(Connection):
         if slot not in self._posted or slot not in self._offered:
             return
         (into, received), (data, sent) = self._posted.pop(slot), self._offered.pop(slot)
-        if sent.done():
-            return  # the sender gave up: by contract it closes the connection next
-        sent.set_result(None)
+        if not sent.done():
+            sent.set_result(None)
         if len(data) != len(into):
             if not received.done():
                 received.set_exception(ProtocolError(f"{len(data)} bytes for a receive of {len(into)}"))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import Transport
-from kvtransfer.ucx import UcxTransport, load_ucxx
+from kvtransfer.ucx import UcxTransport
+from kvtransfer.ucx_driver import load_ucxx
 from splitserve.errors import ConfigError
 
 logger = logging.getLogger(__name__)

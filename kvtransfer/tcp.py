@@ -43,6 +43,7 @@ class TcpConnection(Connection):
         self._newly_posted = asyncio.Event()
         self._ended = asyncio.Event()
         self._writers: set[asyncio.Task[None]] = set()
+        self._senders: set[asyncio.Task[None]] = set()
         self._reader = asyncio.create_task(self._read())
 
     async def send_frame(self, frame: bytes) -> None:
@@ -53,8 +54,22 @@ class TcpConnection(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inbox.get()
 
-    async def send_payload(self, slot: int, data: memoryview) -> None:
-        await self._send(_HEADER.pack(_PAYLOAD, slot, len(data)), data)
+    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+        sent: asyncio.Future[None] = self._loop.create_future()
+        sender = asyncio.create_task(self._send(_HEADER.pack(_PAYLOAD, slot, len(data)), data))
+        self._senders.add(sender)
+        sender.add_done_callback(lambda sender: self._deliver(sender, sent))
+        return sent
+
+    def _deliver(self, sender: asyncio.Task[None], sent: asyncio.Future[None]) -> None:
+        self._senders.discard(sender)
+        error = ConnectionLost("closed") if sender.cancelled() else sender.exception()
+        if sent.done():
+            return
+        if error is None:
+            sent.set_result(None)
+        else:
+            sent.set_exception(error)
 
     def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
         future: asyncio.Future[None] = self._loop.create_future()
@@ -68,7 +83,7 @@ class TcpConnection(Connection):
     async def close(self) -> None:
         """The order matters: first nobody uses the socket, then it is closed."""
         self._end(ConnectionLost("closed"))
-        tasks = [self._reader, *self._writers]
+        tasks = [self._reader, *self._writers, *self._senders]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

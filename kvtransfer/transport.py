@@ -35,18 +35,18 @@ class Connection(ABC):
         ProtocolError if the peer sent one that is too long. May be cancelled without loss."""
 
     @abstractmethod
-    async def send_payload(self, slot: int, data: memoryview) -> None:
-        """Sends ``data``, not empty, to the receive that the peer posts for ``slot``; returns when ``data`` may
-        change. If it is cancelled, the connection is of no more use and has to be closed. ConnectionLost.
+    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+        """Sends ``data``, not empty, to the receive that the peer posts for ``slot``. The future ends when ``data``
+        may change; its exception: ConnectionLost. Cancelling it does not withdraw the send: only ``close()`` does.
 
-        Slots are chosen by the callers, 0 to ``MAX_SLOT``, each used once in a connection."""
+        Slots are chosen by the callers, 0 to ``MAX_SLOT``, each used once in a transfer."""
 
     @abstractmethod
     def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
         """Accepts the payload of ``slot`` straight into ``into``. The future ends when it is there.
 
-        Its exceptions: ConnectionLost, ProtocolError (another size). Cancelling the future does not withdraw
-        the receive: only ``close()`` does."""
+        Its exceptions: ConnectionLost, ProtocolError (another size). Cancelling it does not withdraw the receive:
+        only ``close()`` does."""
 
     @abstractmethod
     async def close(self) -> None:

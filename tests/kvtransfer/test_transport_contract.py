@@ -66,7 +66,7 @@ async def test_a_payload_goes_into_the_posted_buffer(ends: Ends, size: int, post
         received = ends[1].post_payload(9, view)
         await asyncio.gather(ends[0].send_payload(9, memoryview(data)), received)
     else:
-        send = asyncio.create_task(ends[0].send_payload(9, memoryview(data)))
+        send = ends[0].send_payload(9, memoryview(data))
         await asyncio.sleep(0.02)
         await asyncio.gather(send, ends[1].post_payload(9, view))
     assert bytes(view) == data and into[0] == into[-1] == 0
@@ -142,7 +142,7 @@ async def test_after_close_no_posted_receive_writes(ends: Ends) -> None:
     pool = np.zeros((16, size), dtype=np.uint8)
     ones = memoryview(np.ones(size, dtype=np.uint8))
     posted = [ends[1].post_payload(i, memoryview(pool[i])) for i in range(16)]
-    sends = [asyncio.create_task(ends[0].send_payload(i, ones)) for i in range(16)]
+    sends = [ends[0].send_payload(i, ones) for i in range(16)]
     await posted[0]
     await ends[1].close()
     pool[:] = 7
@@ -154,7 +154,7 @@ async def test_after_close_no_posted_receive_writes(ends: Ends) -> None:
 
 async def test_a_cancelled_send_reads_nothing_after_close(ends: Ends) -> None:
     data, into = bytearray(b"a" * (8 << 20)), bytearray(8 << 20)
-    send = asyncio.create_task(ends[0].send_payload(1, memoryview(data)))
+    send = ends[0].send_payload(1, memoryview(data))
     await asyncio.sleep(0.02)
     send.cancel()
     await asyncio.gather(send, return_exceptions=True)
@@ -171,7 +171,7 @@ async def test_a_cancelled_send_reads_nothing_after_close(ends: Ends) -> None:
 async def test_a_payload_longer_than_its_receive_is_an_error_and_stays_inside(ends: Ends) -> None:
     into = bytearray(3000)
     received = ends[1].post_payload(1, memoryview(into)[1000:2000])
-    send = asyncio.create_task(ends[0].send_payload(1, memoryview(b"x" * 1500)))
+    send = ends[0].send_payload(1, memoryview(b"x" * 1500))
     with pytest.raises((ProtocolError, ConnectionLost)):
         await received
     assert into[:1000] == into[2000:] == bytes(1000)
