@@ -38,6 +38,12 @@ class BlockMemory:
         start = index * self.block_bytes + offset
         return self._view[start : start + length]
 
+    def run(self, first: int, count: int) -> memoryview:
+        """The bytes of ``count`` blocks that lie behind each other. IndexError if outside."""
+        if not 0 <= first < first + count <= self.num_blocks:
+            raise IndexError(f"blocks {first} to {first + count} of {self.num_blocks}")
+        return self._view[first * self.block_bytes : (first + count) * self.block_bytes]
+
     def checksum(self, index: int, offset: int = 0, length: int | None = None) -> int:
         """CRC32C of those bytes."""
         return crc32c.crc32c(self.block(index, offset, length))

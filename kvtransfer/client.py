@@ -38,6 +38,7 @@ class PullResult:
     blocks: int
     bytes: int
     seconds: float  # from the call to the last verified block
+    exposed_seconds: float  # the part of it behind the end of the source's computation
     transport: str
 
 
@@ -152,7 +153,8 @@ class PullClient:
             len(block_ids), handle.source, transport.name, connection.lanes, seconds * 1e3,
             pulling.bandwidth / 1e9, extra=extra,
         )  # fmt: skip
-        return PullResult(end.first_token, end.finished, len(block_ids), count, seconds, transport.name)
+        exposed = min(seconds, pulling.exposed_seconds)
+        return PullResult(end.first_token, end.finished, len(block_ids), count, seconds, exposed, transport.name)
 
     def _choose(self, handle: KvHandle) -> Transport:
         for transport in self._transports:
@@ -181,8 +183,8 @@ class PullClient:
         )
         while True:
             idle = self._idle.take(handle.addresses[transport.name])
-            connection = idle or await self._connect(transport, handle)
-            pulling = Pulling(connection, self._memory, stamp, self._progress_timeout, block_ids, first)
+            connection, after = idle or (await self._connect(transport, handle), None)
+            pulling = Pulling(connection, self._memory, stamp, self._progress_timeout, block_ids, first, after)
             try:
                 return connection, pulling, await pulling.greet(hello)
             except BaseException as error:
@@ -210,7 +212,7 @@ class PullClient:
     async def _put_back(self, pulling: Pulling, connection: Connection, address: str) -> None:
         await pulling.close()
         if pulling.clean and not self._closed:
-            await self._idle.put(address, connection)
+            await self._idle.put(address, connection, pulling.stamp)
 
     def _reporter(self, transport: str, on_progress: Callable[[int], None]) -> Callable[[int], None]:
         counted = 0

@@ -22,14 +22,15 @@ MAGIC = b"SSKVPULL"
 MAX_WORKER_ID = 128  # bytes of UTF-8
 MAX_MESSAGE = 1024  # bytes of UTF-8 in an ERROR
 MAX_READY = 1024  # blocks in one READY
+MAX_JOINED = 4096  # bytes in a PULL; blocks behind them are not joined
 
 _HEADER = struct.Struct("<BxxxI16sQQ")  # kind, length of the whole frame, transfer, source epoch, puller epoch
 _HELLO = struct.Struct(f"<8sHxxI32s16s{MAX_WORKER_ID}s{MAX_WORKER_ID}s")
 _HELLO_OK = struct.Struct("<HxxI32sIQ")
 _PULL = struct.Struct("<BxxxIQQ")
-_READY = struct.Struct("<IHBx")
+_READY = struct.Struct("<IHHBx")
 _RESEND = struct.Struct("<IB")
-_END = struct.Struct("<IB")
+_END = struct.Struct("<IBxxxI")
 _CANCEL = struct.Struct("<B")
 _ERROR = struct.Struct("<B")
 _CHECKSUM = struct.Struct("<I")
@@ -82,15 +83,17 @@ class Pull:
     first: int
     offset: int
     length: int
+    joined: bytes = b""  # bit i: block first + i lies right behind the one before it in the puller's pool
     mode: PullMode = PullMode.TRANSFER
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The payloads of blocks ``first … first + len(checksums) - 1`` follow."""
+    """Blocks ``first … first + len(checksums) - 1`` follow, in payloads of ``runs`` blocks each."""
 
     first: int
-    checksums: tuple[int, ...]  # CRC32C of each payload
+    runs: tuple[int, ...]
+    checksums: tuple[int, ...]  # CRC32C of each block
     attempt: int = 0  # 1 for a block that was asked for again
 
 
@@ -113,6 +116,7 @@ class End:
 
     first_token: int
     finished: bool
+    age_us: int  # how long ago the last block was computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,14 +195,16 @@ def _encode_body(frame: Frame) -> bytes:
                 frame.version, frame.lease_ms, frame.fingerprint, frame.num_blocks, frame.block_bytes
             )
         case Pull():
-            return _PULL.pack(frame.mode, frame.first, frame.offset, frame.length)
+            assert len(frame.joined) <= MAX_JOINED
+            return _PULL.pack(frame.mode, frame.first, frame.offset, frame.length) + frame.joined
         case Ready():
-            count = len(frame.checksums)
-            return _READY.pack(frame.first, count, frame.attempt) + struct.pack(f"<{count}I", *frame.checksums)
+            count, runs = len(frame.checksums), len(frame.runs)
+            head = _READY.pack(frame.first, count, runs, frame.attempt)
+            return head + struct.pack(f"<{count}I{runs}H", *frame.checksums, *frame.runs)
         case Resend():
             return _RESEND.pack(frame.index, frame.attempt)
         case End():
-            return _END.pack(frame.first_token, frame.finished)
+            return _END.pack(frame.first_token, frame.finished, frame.age_us)
         case Cancel():
             return _CANCEL.pack(frame.abandon)
         case Error():
@@ -218,18 +224,24 @@ def _decode_body(kind: type, body: bytes) -> Frame:
         version, lease_ms, fingerprint, num_blocks, block_bytes = _HELLO_OK.unpack(body)
         return HelloOk(version, fingerprint, lease_ms, num_blocks, block_bytes)
     if kind is Pull:
-        mode, first, offset, length = _PULL.unpack(body)
-        return Pull(first, offset, length, PullMode(mode))
+        mode, first, offset, length = _PULL.unpack_from(body)
+        joined = body[_PULL.size :]
+        if len(joined) > MAX_JOINED:
+            raise ValueError(f"{len(joined)} bytes of joined blocks")
+        return Pull(first, offset, length, joined, PullMode(mode))
     if kind is Ready:
-        first, count, attempt = _READY.unpack_from(body)
-        if not 0 < count <= MAX_READY:
-            raise ValueError(f"{count} blocks")
-        return Ready(first, struct.unpack(f"<{count}I", body[_READY.size :]), attempt)
+        first, count, runs, attempt = _READY.unpack_from(body)
+        if not 0 < runs <= count <= MAX_READY:
+            raise ValueError(f"{count} blocks in {runs} runs")
+        numbers = struct.unpack(f"<{count}I{runs}H", body[_READY.size :])
+        if 0 in numbers[count:] or sum(numbers[count:]) != count:
+            raise ValueError(f"runs that are not {count} blocks")
+        return Ready(first, numbers[count:], numbers[:count], attempt)
     if kind is Resend:
         return Resend(*_RESEND.unpack(body))
     if kind is End:
-        token, finished = _END.unpack(body)
-        return End(token, _flag(finished))
+        token, finished, age_us = _END.unpack(body)
+        return End(token, _flag(finished), age_us)
     if kind is Cancel:
         return Cancel(_flag(*_CANCEL.unpack(body)))
     if kind is Error:

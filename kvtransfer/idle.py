@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+from kvtransfer.frames import Stamp
 from kvtransfer.transport import Connection
 
 MAX_IDLE = 4  # for one address; more pulls at a time make connections of their own
@@ -17,14 +18,15 @@ class IdleConnections:
     """The most recently used connection goes out first; those that waited too long are closed in passing."""
 
     def __init__(self) -> None:
-        self._idle: dict[str, list[tuple[float, Connection]]] = {}
+        self._idle: dict[str, list[tuple[float, Connection, Stamp]]] = {}
 
-    def take(self, address: str) -> Connection | None:
+    def take(self, address: str) -> tuple[Connection, Stamp] | None:
+        """A connection, and the transfer whose ACK it may still bring."""
         waiting = self._idle.get(address)
-        return waiting.pop()[1] if waiting else None
+        return waiting.pop()[1:] if waiting else None
 
-    async def put(self, address: str, connection: Connection) -> None:
-        self._idle.setdefault(address, []).append((time.monotonic(), connection))
+    async def put(self, address: str, connection: Connection, last: Stamp) -> None:
+        self._idle.setdefault(address, []).append((time.monotonic(), connection, last))
         await self._close_all_but(time.monotonic() - IDLE_SECONDS, MAX_IDLE)
 
     async def close(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvtransfer.faults import Reason, Refusal
+from kvtransfer.frames import End
 from kvtransfer.handle import KvHandle
 
 
@@ -31,6 +32,12 @@ class Outcome:
 
     first_token: int
     finished: bool
+    at: float  # time.monotonic()
+
+    def end(self) -> End:
+        """The frame that says so, now."""
+        age_us = int((time.monotonic() - self.at) * 1e6)
+        return End(self.first_token, self.finished, min(age_us, (1 << 32) - 1))
 
 
 class Publication:
@@ -63,7 +70,7 @@ class Publication:
     def finish(self, first_token: int, finished: bool) -> None:
         """All blocks are ready. ``finished``: the answer ends with ``first_token``."""
         assert self.outcome is None and len(self.block_ids) == self.handle.num_blocks
-        self.outcome = Outcome(first_token, finished)
+        self.outcome = Outcome(first_token, finished, time.monotonic())
         self.changed.set()
 
     def fail(self, message: str) -> None:

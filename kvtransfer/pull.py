@@ -1,7 +1,8 @@
 """One pull over one connection: the hot path of a transfer, as the puller sees it.
 
-Receives are posted ahead of the blocks, straight into the pool. While the source computes, a heartbeat counts as
-progress; once it has announced blocks, only their bytes do.
+What the source announces is received straight into the pool, contiguous blocks as one payload, and verified while
+the next payload arrives. While the source computes, a heartbeat counts as progress; once it has announced blocks,
+only their bytes do.
 Invariant: ``received`` leading blocks are verified, and no byte is written once ``close`` has returned.
 """
 
@@ -10,7 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from kvtransfer.blocks import BlockMemory
 from kvtransfer.faults import ConnectionLost, ProtocolError, Reason, Refusal
@@ -31,18 +35,31 @@ from kvtransfer.frames import (
     decode,
     encode,
 )
+from kvtransfer.runs import joined
 from kvtransfer.session import slot_of
-from kvtransfer.tasks import running
+from kvtransfer.tasks import heard, running
 from kvtransfer.transport import Connection
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-WINDOW = 64  # receives posted ahead
 PARTING_SECONDS = 0.5  # how long the source may take to acknowledge the end
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A payload under way."""
+
+    place: int  # of its first block in block_ids
+    checksums: tuple[int, ...]  # one for each of its blocks
+    attempt: int
+    arrived: asyncio.Future[None]
+
+
 class Pulling:
-    """Uses the connection until `close`. ``block_ids`` are the local blocks for ``first …`` of the transfer."""
+    """Uses the connection until `close`. ``block_ids`` are the local blocks for ``first …`` of the transfer.
+
+    A connection that carried an earlier transfer still brings the ACK of that one, ``after``: it is read first."""
 
     def __init__(
         self,
@@ -52,18 +69,20 @@ class Pulling:
         timeout: float,
         block_ids: Sequence[int],
         first: int,
+        after: Stamp | None = None,
     ) -> None:
         self.received = 0  # leading blocks that are good
         self.busy_seconds = 0.0  # spent on blocks that the source had ready
-        self.clean = False  # the source has acknowledged the end: the connection may carry another transfer
+        self.exposed_seconds = 0.0  # from the end of the computation to the last verified block
+        self.clean = False  # everything ended well: behind an ACK the connection may carry another transfer
         self._connection = connection
         self._memory = memory
-        self._stamp = stamp
+        self.stamp = stamp
         self._timeout = timeout
         self._block_ids = block_ids
         self._first = first
-        self._posted: dict[tuple[int, int], asyncio.Future[None]] = {}  # by place in block_ids and attempt
-        self._next_to_post = 0
+        self._after = after
+        self._runs: deque[Run] = deque()  # announced and not yet verified, in order
         self._announced = 0  # blocks that a READY has named
         self._arrived = 0  # blocks whose first attempt is there, good or not
         self._damaged: set[int] = set()  # places whose second attempt is under way
@@ -75,9 +94,10 @@ class Pulling:
         return count / self.busy_seconds if self.busy_seconds else 0.0
 
     async def greet(self, hello: Hello) -> HelloOk:
-        """The handshake. Refusal, ConnectionLost, ProtocolError, TimeoutError."""
+        """The handshake, with the wish right behind it. Refusal, ConnectionLost, ProtocolError, TimeoutError."""
         await self._send(hello)
-        answer = await self._receive()
+        await self._send(Pull(self._first, 0, self._memory.block_bytes, joined(self._block_ids)))
+        answer = await self._in_time(self._receive())
         if not isinstance(answer, HelloOk):
             raise ProtocolError(f"{type(answer).__name__} instead of a HELLO_OK")
         if answer.block_bytes != self._memory.block_bytes:
@@ -90,57 +110,73 @@ class Pulling:
 
     async def blocks(self, lease_seconds: float, on_progress: Callable[[int], None]) -> End:
         """Fetches and verifies every block. Raises what ``greet`` raises."""
-        self._post_window()
-        await self._send(Pull(self._first, 0, self._memory.block_bytes))
         end: End | None = None
+        deadline = time.perf_counter() + self._timeout
+        busy_since = ended_at = 0.0
         async with running(self._beat(min(self._timeout, lease_seconds) / 4)):
-            while end is None or self._damaged:
-                frame = await self._receive()
-                match frame:
-                    case Heartbeat():
-                        continue
-                    case Ready():
-                        await self._take(frame, on_progress)
-                    case End() if end is None and self._announced == len(self._block_ids):
-                        end = frame
-                    case _:
-                        raise ProtocolError(f"an unexpected {type(frame).__name__}")
-        self.clean = await self._part(Done())
+            reading = asyncio.create_task(self._receive())
+            try:
+                while end is None or self._runs or self._damaged:
+                    await self._either(reading, deadline)
+                    now = time.perf_counter()
+                    if reading.done():
+                        frame = reading.result()
+                        reading = asyncio.create_task(self._receive())
+                        if not self._runs:
+                            deadline, busy_since = now + self._timeout, now
+                        match frame:
+                            case Heartbeat():
+                                continue
+                            case Ready():
+                                self._expect(frame)
+                            case End() if end is None and self._announced == len(self._block_ids):
+                                end, ended_at = frame, now
+                            case _:
+                                raise ProtocolError(f"an unexpected {type(frame).__name__}")
+                    elif self._runs and self._runs[0].arrived.done():
+                        await self._take(self._runs.popleft(), on_progress)
+                        now = time.perf_counter()
+                        deadline = now + self._timeout
+                        if not self._runs:
+                            self.busy_seconds += now - busy_since
+            finally:
+                reading.cancel()
+                reading.add_done_callback(heard)
+        self.exposed_seconds = end.age_us / 1e6 + time.perf_counter() - ended_at
+        await self._send(Done())
+        self.clean = True
         return end
 
     async def abandon(self) -> None:
         """Tells the source that nobody will ask again, and waits until it has stopped, but not for long."""
-        await self._part(Cancel(abandon=True))
+        try:
+            async with asyncio.timeout(PARTING_SECONDS):
+                await self._send(Cancel(abandon=True))
+                while not isinstance(await self._receive(), Ack):
+                    pass
+        except (ConnectionLost, ProtocolError, Refusal, TimeoutError) as error:
+            logger.info("the source did not acknowledge the end: %r", error, extra=self._extra)
 
     async def close(self) -> None:
         """Ends everything that was posted, by closing the connection unless all of it has ended well."""
         if not self.clean:
             await self._connection.close()
-        for future in self._posted.values():
-            if future.done() and not future.cancelled():
-                future.exception()  # lost with the connection, and nobody waits for it
-            future.cancel()
+        for run in self._runs:
+            run.arrived.cancel()
 
-    async def _take(self, ready: Ready, on_progress: Callable[[int], None]) -> None:
-        """The announced blocks, in order; a damaged one is asked for again, once."""
-        start = time.perf_counter()
-        self._expect(ready)
-        for place, checksum in enumerate(ready.checksums, ready.first - self._first):
-            self._post_window()
-            async with asyncio.timeout(self._timeout):
-                await self._posted.pop((place, ready.attempt))
-            self._arrived = max(self._arrived, place + 1)
-            if self._memory.checksum(self._block_ids[place]) == checksum:
-                self._damaged.discard(place)
-            elif ready.attempt == 0:
-                await self._ask_again(place)
-            else:
-                raise Refusal(Reason.CHECKSUM, f"block {self._first + place} was damaged twice")
-            self._advance(on_progress)
-        self.busy_seconds += time.perf_counter() - start
+    async def _either(self, reading: asyncio.Task[Frame], deadline: float) -> None:
+        """Returns when a frame is there or the first run has arrived. TimeoutError behind the deadline."""
+        awaited: list[asyncio.Future[Any]] = [reading]
+        if self._runs:
+            awaited.append(self._runs[0].arrived)
+        left = deadline - time.perf_counter()
+        done, _ = await asyncio.wait(awaited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise TimeoutError
 
     def _expect(self, ready: Ready) -> None:
-        """ProtocolError unless these blocks are the next ones, or one that was asked for again."""
+        """Posts the receives. ProtocolError unless these blocks are the next ones, or one that was asked for
+        again, in runs that are contiguous here."""
         place, count = ready.first - self._first, len(ready.checksums)
         if ready.attempt == 0:
             if place != self._announced or place + count > len(self._block_ids):
@@ -148,28 +184,40 @@ class Pulling:
             self._announced += count
         elif ready.attempt != 1 or place not in self._damaged or count != 1:
             raise ProtocolError(f"block {ready.first}, attempt {ready.attempt} was not asked for")
+        begin = 0
+        for length in ready.runs:
+            self._post(place + begin, ready.checksums[begin : begin + length], ready.attempt)
+            begin += length
 
-    async def _ask_again(self, place: int) -> None:
-        logger.warning("block %d was damaged on its way", self._first + place, extra=self._extra)
-        self._damaged.add(place)
-        self._post(place, attempt=1)
-        await self._send(Resend(self._first + place, 1))
+    def _post(self, place: int, checksums: tuple[int, ...], attempt: int) -> None:
+        block, count = self._block_ids[place], len(checksums)
+        if any(self._block_ids[place + i] != block + i for i in range(count)):
+            raise ProtocolError(f"blocks from {self._first + place} are not one run")
+        into = self._memory.run(block, count)
+        arrived = self._connection.post_payload(slot_of(self._first + place, attempt), into)
+        arrived.add_done_callback(heard)
+        self._runs.append(Run(place, checksums, attempt, arrived))
 
-    def _advance(self, on_progress: Callable[[int], None]) -> None:
+    async def _take(self, run: Run, on_progress: Callable[[int], None]) -> None:
+        """Verifies the blocks of a run that is there; a damaged one is asked for again, once."""
+        run.arrived.result()
+        for place, checksum in enumerate(run.checksums, run.place):
+            self._arrived = max(self._arrived, place + 1)
+            if self._memory.checksum(self._block_ids[place]) == checksum:
+                self._damaged.discard(place)
+            elif run.attempt == 0:
+                await self._ask_again(place)
+            else:
+                raise Refusal(Reason.CHECKSUM, f"block {self._first + place} was damaged twice")
         leading = min(self._damaged, default=self._arrived)
         if leading > self.received:
             self.received = leading
             on_progress(leading)
 
-    def _post_window(self) -> None:
-        while self._next_to_post < min(len(self._block_ids), self._arrived + WINDOW):
-            self._post(self._next_to_post, attempt=0)
-            self._next_to_post += 1
-
-    def _post(self, place: int, attempt: int) -> None:
-        slot = slot_of(self._first + place, attempt)
-        into = self._memory.block(self._block_ids[place])
-        self._posted[place, attempt] = self._connection.post_payload(slot, into)
+    async def _ask_again(self, place: int) -> None:
+        logger.warning("block %d was damaged on its way", self._first + place, extra=self._extra)
+        self._damaged.add(place)
+        await self._send(Resend(self._first + place, 1))
 
     async def _beat(self, interval: float) -> None:
         """Signs of life, so that the source keeps the lease while it computes."""
@@ -177,32 +225,26 @@ class Pulling:
             await asyncio.sleep(interval)
             await self._send(Heartbeat())
 
-    async def _part(self, last: Done | Cancel) -> bool:
-        """The end is heard before the connection goes, unless the source is slow: then its lease must end it."""
-        try:
-            async with asyncio.timeout(PARTING_SECONDS):
-                await self._send(last)
-                while not isinstance(await self._receive(), Ack):
-                    pass
-            return True
-        except (ConnectionLost, ProtocolError, Refusal, TimeoutError) as error:
-            logger.info("the source did not acknowledge the end: %r", error, extra=self._extra)
-            return False
-
     async def _send(self, frame: Frame) -> None:
-        async with asyncio.timeout(self._timeout):
-            await self._connection.send_frame(encode(self._stamp, frame))
+        await self._in_time(self._connection.send_frame(encode(self.stamp, frame)))
 
     async def _receive(self) -> Frame:
-        """The next frame of this transfer. Refusal for an ERROR; TimeoutError for silence."""
-        async with asyncio.timeout(self._timeout):
+        """The next frame of this transfer. Refusal for an ERROR."""
+        stamp, frame = decode(await self._connection.recv_frame())
+        while stamp == self._after:  # the earlier transfer's, up to its ACK
+            if isinstance(frame, Ack):
+                self._after = None
             stamp, frame = decode(await self._connection.recv_frame())
         if isinstance(frame, Error):
             raise Refusal(frame.reason, frame.message)
-        if stamp != self._stamp:
+        if stamp != self.stamp:
             raise ProtocolError(f"a frame of {stamp}")
         return frame
 
+    async def _in_time(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        async with asyncio.timeout(self._timeout):
+            return await coroutine
+
     @property
     def _extra(self) -> dict[str, str]:
-        return {"transfer_id": self._stamp.transfer_id.hex()}
+        return {"transfer_id": self.stamp.transfer_id.hex()}

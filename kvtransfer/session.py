@@ -19,7 +19,6 @@ from kvtransfer.frames import (
     Ack,
     Cancel,
     Done,
-    End,
     Error,
     Frame,
     Heartbeat,
@@ -33,13 +32,15 @@ from kvtransfer.frames import (
     encode,
 )
 from kvtransfer.publication import Publication, ReleaseReason
-from kvtransfer.tasks import running, uninterrupted
+from kvtransfer.runs import cut
+from kvtransfer.tasks import heard, running, uninterrupted
 from kvtransfer.transport import Connection
 from splitserve.layout import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
-BATCH = 8  # blocks announced by one READY
+BATCH = 32  # blocks announced by one READY at most; the first are fewer, so that bytes flow early
+RUN_BYTES = 2 << 20  # of one payload at most, unless a block has more: what arrives is verified meanwhile
 IN_FLIGHT = 32  # payloads being sent at a time
 MAX_RESENDS = 16  # of one session: a line that damages more is of no use
 LINGER_SECONDS = 1.0  # how long the last frame may take to be read before the connection is closed
@@ -78,7 +79,7 @@ class Session:
         self._find = find
         self._stamp = Stamp(bytes(16), identity.epoch, 0)
         self._resends: list[Resend] = []
-        self._sends: set[asyncio.Task[None]] = set()
+        self._sends: set[asyncio.Future[None]] = set()
         self._stopping = False
 
     async def serve(self, hello_seconds: float) -> bool:
@@ -181,7 +182,9 @@ class Session:
             last = _heeded(listener.result(), publication)
             self._stopping = True
             publication.changed.set()
-            await asyncio.wait([sender], timeout=LINGER_SECONDS)
+            async with asyncio.timeout(LINGER_SECONDS):
+                await asyncio.wait([sender])
+            sender.result()
         return last
 
     async def _listen(self, publication: Publication, pull: Pull) -> Done | Cancel:
@@ -206,41 +209,44 @@ class Session:
 
     async def _send_blocks(self, publication: Publication, pull: Pull, interval: float) -> None:
         """Blocks as they become ready, END behind the last, heartbeats in between; until told to stop."""
-        position, complete = pull.first, False
-        try:
-            while not self._stopping:
-                publication.changed.clear()
-                if self._resends:
-                    resend = self._resends.pop(0)
-                    await self._send_batch(publication, pull, resend.index, 1, resend.attempt)
-                elif publication.failure is not None:
-                    raise publication.failure
-                elif position < len(publication.block_ids):
-                    count = min(BATCH, len(publication.block_ids) - position)
-                    await self._send_batch(publication, pull, position, count, 0)
-                    position += count
-                elif publication.outcome is not None and not complete:
-                    complete = True
-                    await self._send(End(publication.outcome.first_token, publication.outcome.finished))
-                else:
-                    await self._wait_or_beat(publication.changed, interval)
-            await self._at_most_in_flight(0)
-        finally:
-            for send in self._sends:
-                send.cancel()
-            await uninterrupted(_all_ended(self._sends))
+        position, batch, complete = pull.first, 2, False
+        while not self._stopping:
+            publication.changed.clear()
+            if self._resends:
+                resend = self._resends.pop(0)
+                await self._send_batch(publication, pull, resend.index, 1, resend.attempt)
+            elif publication.failure is not None:
+                raise publication.failure
+            elif position < len(publication.block_ids):
+                count = min(batch, len(publication.block_ids) - position)
+                await self._send_batch(publication, pull, position, count, 0)
+                position += count
+                batch = min(2 * batch, BATCH)
+            elif publication.outcome is not None and not complete:
+                complete = True
+                await self._send(publication.outcome.end())
+            else:
+                await self._wait_or_beat(publication.changed, interval)
+        await self._at_most_in_flight(0)
 
     async def _send_batch(
         self, publication: Publication, pull: Pull, first: int, count: int, attempt: int
     ) -> None:
         blocks = publication.block_ids[first : first + count]
         checksums = tuple(self._memory.checksum(block, pull.offset, pull.length) for block in blocks)
-        await self._send(Ready(first, checksums, attempt))
-        for index, block in enumerate(blocks, first):
+        whole = pull.length == self._memory.block_bytes
+        longest = max(1, RUN_BYTES // pull.length) if whole else 1
+        runs = cut(blocks, first - pull.first, pull.joined, longest)
+        await self._send(Ready(first, runs, checksums, attempt))
+        place = 0
+        for run in runs:
             await self._at_most_in_flight(IN_FLIGHT - 1)
-            data = self._memory.block(block, pull.offset, pull.length)
-            send = self._connection.send_payload(slot_of(index, attempt), data)
-            self._sends.add(asyncio.create_task(send))
+            block = blocks[place]
+            data = self._memory.run(block, run) if whole else self._memory.block(block, pull.offset, pull.length)
+            send = self._connection.send_payload(slot_of(first + place, attempt), data)
+            send.add_done_callback(heard)
+            self._sends.add(send)
+            place += run
 
     async def _at_most_in_flight(self, count: int) -> None:
         while len(self._sends) > count:
@@ -281,9 +287,3 @@ def _heeded(last: Done | Cancel, publication: Publication) -> Done | Cancel:
     elif last.abandon:
         publication.release(ReleaseReason.CANCELLED)
     return last
-
-
-async def _all_ended(sends: set[asyncio.Task[None]]) -> None:
-    for error in await asyncio.gather(*sends, return_exceptions=True):
-        if error is not None:
-            logger.debug("a payload was not sent: %r", error)

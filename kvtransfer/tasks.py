@@ -44,3 +44,9 @@ async def uninterrupted(coroutine: Coroutine[Any, Any, T]) -> T:
     task = asyncio.create_task(coroutine)
     await ended(task)
     return task.result()
+
+
+def heard(future: asyncio.Future[None]) -> None:
+    """A done callback for a future that nobody may await: its error is then nobody's."""
+    if not future.cancelled():
+        future.exception()

@@ -36,8 +36,9 @@ class Connection(ABC):
 
     @abstractmethod
     def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
-        """Sends ``data``, not empty, to the receive that the peer posts for ``slot``. The future ends when ``data``
-        may change; its exception: ConnectionLost. Cancelling it does not withdraw the send: only ``close()`` does.
+        """Sends ``data``, not empty, to the receive that the peer posts for ``slot``. The future ends when
+        ``data`` may change; its exception: ConnectionLost. Cancelling it does not withdraw the send: only
+        ``close()`` does.
 
         Slots are chosen by the callers, 0 to ``MAX_SLOT``, each used once in a transfer."""
 

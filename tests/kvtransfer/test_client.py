@@ -87,7 +87,7 @@ async def test_more_blocks_than_the_window_and_many_pulls_at_once(make_pair: Mak
 
 
 async def test_a_long_computation_with_heartbeats_is_waited_for(make_pair: MakePair) -> None:
-    async with make_pair(progress_timeout=1.0, lease_seconds=1.2) as pair:
+    async with make_pair(progress_timeout=0.5, lease_seconds=0.3) as pair:
         publication = pair.server.publish(2)
         pulling = asyncio.create_task(pair.client.pull(publication.handle, [0, 1]))
         await asyncio.sleep(1.6)

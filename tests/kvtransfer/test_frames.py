@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,14 +32,21 @@ from kvtransfer.transport import MAX_FRAME
 u8, u16, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))
 worker_ids = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=32)
 digests, ids = st.binary(min_size=32, max_size=32), st.binary(min_size=16, max_size=16)
+
+
+def ready_of(first: int, runs: list[list[int]], attempt: int) -> Ready:
+    """A READY with the checksums of the blocks of each run."""
+    return Ready(first, tuple(map(len, runs)), tuple(itertools.chain(*runs)), attempt)
+
+
 stamps = st.builds(Stamp, ids, u64, u64)
 frames = st.one_of(
     st.builds(Hello, u16, digests, ids, worker_ids, worker_ids, u32),
     st.builds(HelloOk, u16, digests, u32, u32, u64),
-    st.builds(Pull, u32, u64, u64),
-    st.builds(Ready, u32, st.lists(u32, min_size=1, max_size=1024).map(tuple), u8),
+    st.builds(Pull, u32, u64, u64, st.binary(max_size=64)),
+    st.builds(ready_of, u32, st.lists(st.lists(u32, min_size=1, max_size=9), min_size=1, max_size=100), u8),
     st.builds(Resend, u32, u8),
-    st.builds(End, u32, st.booleans()),
+    st.builds(End, u32, st.booleans(), u32),
     st.builds(Cancel, st.booleans()),
     st.builds(Error, st.sampled_from(Reason), st.text(st.characters(exclude_categories=["Cs"]), max_size=250)),
     st.sampled_from([Heartbeat(), Done(), Ack()]),

@@ -1,0 +1,34 @@
+"""Blocks that lie behind each other in both pools travel as one payload: a message costs more than its bytes.
+
+Knows block ids and no bytes. Invariant: the lengths of `cut` add up to the blocks that were given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtransfer.frames import MAX_JOINED
+
+
+def joined(block_ids: Sequence[int]) -> bytes:
+    """Bit ``i``, the lowest of a byte first: block ``i`` lies right behind block ``i - 1``."""
+    bits = bytearray(min(-(-len(block_ids) // 8), MAX_JOINED))
+    for i in range(1, min(len(block_ids), len(bits) * 8)):
+        if block_ids[i] == block_ids[i - 1] + 1:
+            bits[i // 8] |= 1 << i % 8
+    return bytes(bits)
+
+
+def cut(block_ids: Sequence[int], first: int, joined: bytes, longest: int) -> tuple[int, ...]:
+    """Lengths of runs that are contiguous here and in the pool that ``joined`` describes, ``longest`` at most.
+
+    ``first`` is the place of ``block_ids[0]`` in ``joined``."""
+    runs: list[int] = []
+    for i, block in enumerate(block_ids):
+        place = first + i
+        there = place < len(joined) * 8 and joined[place // 8] >> place % 8 & 1
+        if i and there and block == block_ids[i - 1] + 1 and runs[-1] < longest:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+    return tuple(runs)
