@@ -38,7 +38,7 @@ class PullResult:
     blocks: int
     bytes: int
     seconds: float  # from the call to the last verified block
-    exposed_seconds: float  # the part of it behind the end of the source's computation
+    exposed_seconds: float  # the part of them behind the end of the source's computation
     transport: str
 
 
@@ -147,13 +147,13 @@ class PullClient:
         if count:
             last = self.bytes_per_second or pulling.bandwidth
             self.bytes_per_second = last + RECENT * (pulling.bandwidth - last)
-        self._observer.pull_finished(transport.name, seconds, count)
+        exposed = min(seconds, pulling.exposed_seconds)
+        self._observer.pull_finished(transport.name, seconds, exposed)
         logger.info(
             "pulled %d blocks from %s over %s (available: %s) in %.1f ms: %.2f GB/s while blocks were there",
             len(block_ids), handle.source, transport.name, connection.lanes, seconds * 1e3,
             pulling.bandwidth / 1e9, extra=extra,
         )  # fmt: skip
-        exposed = min(seconds, pulling.exposed_seconds)
         return PullResult(end.first_token, end.finished, len(block_ids), count, seconds, exposed, transport.name)
 
     def _choose(self, handle: KvHandle) -> Transport:

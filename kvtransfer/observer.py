@@ -14,8 +14,8 @@ class TransferObserver(Protocol):
         """``count`` bytes of verified blocks."""
         ...
 
-    def pull_finished(self, transport: str, seconds: float, count: int) -> None:
-        """A pull of ``count`` bytes ended well, ``seconds`` after its start."""
+    def pull_finished(self, transport: str, seconds: float, exposed_seconds: float) -> None:
+        """A pull ended well, ``seconds`` after its start, ``exposed_seconds`` of it behind the computation."""
         ...
 
     def pull_failed(self, transport: str, reason: str) -> None:
@@ -36,7 +36,7 @@ class NullObserver:
     def bytes_received(self, transport: str, count: int) -> None:
         return None
 
-    def pull_finished(self, transport: str, seconds: float, count: int) -> None:
+    def pull_finished(self, transport: str, seconds: float, exposed_seconds: float) -> None:
         return None
 
     def pull_failed(self, transport: str, reason: str) -> None:

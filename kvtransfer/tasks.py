@@ -46,7 +46,7 @@ async def uninterrupted(coroutine: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-def heard(future: asyncio.Future[None]) -> None:
+def heard(future: asyncio.Future[T]) -> None:
     """A done callback for a future that nobody may await: its error is then nobody's."""
     if not future.cancelled():
         future.exception()

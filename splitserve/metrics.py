@@ -162,6 +162,13 @@ class TransferMetrics:
         self._seconds = _histogram(
             registry, "kv_transfer_seconds", "Pull of one sequence's blocks.", names, TRANSFER_BUCKETS
         ).labels(**self._labels)
+        self._exposed = _histogram(
+            registry,
+            "kv_transfer_exposed_seconds",
+            "From the end of a prompt's computation to its last block, verified and usable here.",
+            names,
+            TRANSFER_BUCKETS,
+        ).labels(**self._labels)
         self._bytes = _counter(
             registry, "kv_transfer_bytes", "Verified bytes of KV pulled.", [*names, "transport"]
         )
@@ -177,9 +184,10 @@ class TransferMetrics:
     def bytes_received(self, transport: str, count: int) -> None:
         self._bytes.labels(**self._labels, transport=transport).inc(count)
 
-    def pull_finished(self, transport: str, seconds: float, count: int) -> None:
+    def pull_finished(self, transport: str, seconds: float, exposed_seconds: float) -> None:
         self._active.dec()
         self._seconds.observe(seconds)
+        self._exposed.observe(exposed_seconds)
 
     def pull_failed(self, transport: str, reason: str) -> None:
         self._active.dec()

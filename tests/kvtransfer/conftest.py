@@ -67,7 +67,7 @@ class Recorder(NullObserver):
     def bytes_received(self, transport: str, count: int) -> None:
         self.received += count
 
-    def pull_finished(self, transport: str, seconds: float, count: int) -> None:
+    def pull_finished(self, transport: str, seconds: float, exposed_seconds: float) -> None:
         self.finished += 1
 
     def pull_failed(self, transport: str, reason: str) -> None:

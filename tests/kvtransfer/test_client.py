@@ -53,8 +53,36 @@ async def test_blocks_arrive_before_the_computation_ends(make_pair: MakePair) ->
                     pass
             assert np.array_equal(pair.target[: chunk + 5], pair.source[: chunk + 5])
         assert not pulling.done()
+        await asyncio.sleep(0.2)
         publication.finish(7, False)
-        assert (await pulling).first_token == 7
+        result = await pulling
+        assert result.first_token == 7
+        assert result.exposed_seconds <= result.seconds - 0.2, "only what came behind the computation"
+        await publication.released()
+
+
+@pytest.mark.parametrize("first", [0, 3])
+async def test_scattered_blocks_and_runs_find_their_places(make_pair: MakePair, first: int) -> None:
+    here = [5, 6, 7, 3, 20, 21, 22, 23, 9, 10, 0, 1]
+    there = [8, 9, 10, 11, 30, 31, 40, 41, 2, 3, 4, 6]
+    async with make_pair() as pair:
+        publication = pair.server.publish(len(there))
+        publication.ready(there)
+        publication.finish(5, False)
+        await pair.client.pull(publication.handle, here[first:], first=first)
+        assert np.array_equal(pair.target[here[first:]], pair.source[there[first:]])
+        untouched = [i for i in range(BLOCKS) if i not in here[first:]]
+        assert not pair.target[untouched].any()
+        await publication.released()
+
+
+async def test_a_computation_that_ended_before_the_pull_is_exposed_as_a_whole(make_pair: MakePair) -> None:
+    async with make_pair() as pair:
+        publication = pair.server.publish(2)
+        publication.ready([0, 1])
+        publication.finish(5, False)
+        result = await pair.client.pull(publication.handle, [0, 1])
+        assert result.exposed_seconds == pytest.approx(result.seconds, rel=0.5)
         await publication.released()
 
 

@@ -20,6 +20,7 @@ PROMISED = {
     "splitserve_prompt_tokens_total",
     "splitserve_generation_tokens_total",
     "splitserve_kv_transfer_seconds",
+    "splitserve_kv_transfer_exposed_seconds",
     "splitserve_kv_transfer_bytes_total",
     "splitserve_kv_transfer_failures_total",
     "splitserve_kv_lease_expired_total",
@@ -90,7 +91,7 @@ def test_what_a_transfer_does() -> None:
     for _ in range(2):
         metrics.pull_started("ucx")
     metrics.bytes_received("ucx", 368_640)
-    metrics.pull_finished("ucx", 0.01, 368_640)
+    metrics.pull_finished("ucx", 0.01, 0.002)
     metrics.pull_failed("ucx", "stalled")
     metrics.lease_expired()
 
@@ -98,6 +99,7 @@ def test_what_a_transfer_does() -> None:
         return registry.get_sample_value(f"splitserve_{name}", {"model_name": "m", "role": "decode", **labels})
 
     assert value("kv_transfer_seconds_count") == 1
+    assert value("kv_transfer_exposed_seconds_sum") == 0.002
     assert value("kv_transfer_bytes_total", transport="ucx") == 368_640
     assert value("kv_transfer_failures_total", reason="stalled") == 1
     assert value("kv_lease_expired_total") == 1
