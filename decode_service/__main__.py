@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from decode_service.role import DecodeRole
 from engine import AsyncEngine, create_engine
-from kvtransfer import BlockMemory, PullClient, default_transports, make_transports, prefer_loopback
-from splitserve.addresses import is_loopback
+from kvtransfer import BlockMemory, DeviceBlocks, PullClient, default_transports, make_transports
 from splitserve.config import WorkerConfig
 from splitserve.metrics import TransferMetrics
 from splitserve.process import run_process
@@ -19,7 +18,9 @@ def make_role(context: WorkerContext, engine: AsyncEngine) -> DecodeRole:
         prefer_loopback()
     transports = make_transports(config.transports) if config.transports else default_transports()
     pulls = PullClient(
-        BlockMemory(runner.memory(), runner.layout, runner.num_blocks),
+        DeviceBlocks(runner.device_pool())
+        if runner.on_gpu
+        else BlockMemory(runner.memory(), runner.layout, runner.num_blocks),
         runner.fingerprint,
         config.worker_id,
         epoch=0,  # until the directory gives one

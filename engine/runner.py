@@ -154,8 +154,6 @@ class Runner:
 
     def memory(self) -> memoryview:
         """The pool's bytes, writable; block ``i`` is the ``i``-th ``layout.block_bytes`` of them."""
-        if self.on_gpu:
-            raise ConfigError("KV blocks can't leave a GPU yet: workers need --device cpu; engine.LLM takes a GPU")
         return memoryview(self.kv[: self.num_blocks].view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     @torch.inference_mode()

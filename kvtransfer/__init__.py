@@ -6,6 +6,7 @@ Invariant: blocks are reused on either side only when no byte of them can be rea
 
 from kvtransfer.blocks import BlockMemory
 from kvtransfer.client import PullClient, PullResult
+from kvtransfer.device_blocks import DeviceBlocks
 from kvtransfer.faults import Reason
 from kvtransfer.handle import KvHandle
 from kvtransfer.memory import MemoryTransport
@@ -22,6 +23,7 @@ __all__ = [
     "BlockMemory",
     "BlockServer",
     "Connection",
+    "DeviceBlocks",
     "KvHandle",
     "Listener",
     "MemoryTransport",

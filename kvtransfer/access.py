@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from kvtransfer.tasks import uninterrupted
 
+RUN_BYTES = 2 << 20  # of one payload at most, unless a block has more: what arrives is verified meanwhile
+
 
 class DeviceSpan:
     """Bytes in device memory, described as libraries that know CUDA expect it."""
@@ -76,6 +78,8 @@ class Loan:
 class Access(ABC):
     """Of one connection. This base serves pools that are sent from and received into in place."""
 
+    name: str  # of the way that bytes take, for logs
+
     def lend(self, start: int, nbytes: int) -> Loan:
         """To receive into."""
         return Loan(start, nbytes, self._buffer(start, nbytes))
@@ -101,6 +105,8 @@ class Access(ABC):
 
 
 class HostAccess(Access):
+    name = "host memory"
+
     def __init__(self, view: memoryview) -> None:
         self._view = view
 
@@ -110,6 +116,8 @@ class HostAccess(Access):
 
 class StraightAccess(Access):
     """Device memory, for a transport that carries it."""
+
+    name = "device memory"
 
     def __init__(self, pool: DevicePool) -> None:
         self._pool = pool
@@ -145,6 +153,8 @@ class Slots:
 
 class StagedAccess(Access):
     """Device memory, for a transport that knows host memory alone."""
+
+    name = "device memory by way of pinned host memory"
 
     def __init__(self, pool: DevicePool, slots: Slots) -> None:
         self._pool, self._slots = pool, slots

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvtransfer.blocks import BlockMemory
+from kvtransfer.blocks import Blocks
+from kvtransfer.checksums import all_of
 from kvtransfer.faults import ConnectionLost, ProtocolError, Reason, Refusal
 from kvtransfer.frames import Hello, HelloOk, Stamp, pack_worker_id
 from kvtransfer.handle import KvHandle
@@ -47,7 +48,7 @@ class PullClient:
 
     def __init__(
         self,
-        memory: BlockMemory,
+        memory: Blocks,
         fingerprint: bytes,
         worker_id: str,
         epoch: int,
@@ -150,8 +151,8 @@ class PullClient:
         exposed = min(seconds, pulling.exposed_seconds)
         self._observer.pull_finished(transport.name, seconds, exposed)
         logger.info(
-            "pulled %d blocks from %s over %s (available: %s) in %.1f ms: %.2f GB/s while blocks were there",
-            len(block_ids), handle.source, transport.name, connection.lanes, seconds * 1e3,
+            "pulled %d blocks into %s from %s over %s (available: %s) in %.1f ms, %.2f GB/s when they were ready",
+            len(block_ids), pulling.way, handle.source, transport.name, connection.lanes, seconds * 1e3,
             pulling.bandwidth / 1e9, extra=extra,
         )  # fmt: skip
         return PullResult(end.first_token, end.finished, len(block_ids), count, seconds, exposed, transport.name)
@@ -180,6 +181,7 @@ class PullClient:
             source=handle.source,
             puller=self._worker_id,
             timeout_ms=max(1, int(self._progress_timeout * 1000)),
+            checksums=all_of(self._memory.kinds),
         )
         while True:
             idle = self._idle.take(handle.addresses[transport.name])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from kvtransfer.access import Buffer
 from kvtransfer.transport import Connection, Listener, Transport
 
 Fault = Callable[[int, memoryview], memoryview | None]
@@ -41,7 +42,8 @@ class FaultyConnection(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inner.recv_frame()
 
-    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+    def send_payload(self, slot: int, data: Buffer) -> asyncio.Future[None]:
+        assert isinstance(data, memoryview)
         damaged = self._fault(slot, data)
         if damaged is not None:
             return self._inner.send_payload(slot, damaged)
@@ -49,7 +51,7 @@ class FaultyConnection(Connection):
         lost.set_result(None)
         return lost
 
-    def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
+    def post_payload(self, slot: int, into: Buffer) -> asyncio.Future[None]:
         return self._inner.post_payload(slot, into)
 
     async def close(self) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import crc32c
 
+from kvtransfer.checksums import Checksum
 from kvtransfer.faults import ProtocolError, Reason
 from kvtransfer.transport import MAX_FRAME
 
@@ -25,8 +26,8 @@ MAX_READY = 1024  # blocks in one READY
 MAX_JOINED = 4096  # bytes in a PULL; blocks behind them are not joined
 
 _HEADER = struct.Struct("<BxxxI16sQQ")  # kind, length of the whole frame, transfer, source epoch, puller epoch
-_HELLO = struct.Struct(f"<8sHxxI32s16s{MAX_WORKER_ID}s{MAX_WORKER_ID}s")
-_HELLO_OK = struct.Struct("<HxxI32sIQ")
+_HELLO = struct.Struct(f"<8sHBxI32s16s{MAX_WORKER_ID}s{MAX_WORKER_ID}s")
+_HELLO_OK = struct.Struct("<HBxI32sIQ")
 _PULL = struct.Struct("<BxxxIQQ")
 _READY = struct.Struct("<IHHBx")
 _RESEND = struct.Struct("<IB")
@@ -62,6 +63,7 @@ class Hello:
     source: str  # worker id that the puller means to talk to
     puller: str  # worker id
     timeout_ms: int  # the puller gives up after so long a silence
+    checksums: Checksum  # those that the puller has
     magic: bytes = MAGIC
 
 
@@ -74,6 +76,7 @@ class HelloOk:
     lease_ms: int  # the source lets go after so long a silence
     num_blocks: int
     block_bytes: int
+    checksum: Checksum  # the one in every READY
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class Ready:
 
     first: int
     runs: tuple[int, ...]
-    checksums: tuple[int, ...]  # CRC32C of each block
+    checksums: tuple[int, ...]  # of each block, as HELLO_OK says
     attempt: int = 0  # 1 for a block that was asked for again
 
 
@@ -188,12 +191,14 @@ def _encode_body(frame: Frame) -> bytes:
         case Hello():
             source, puller = pack_worker_id(frame.source), pack_worker_id(frame.puller)
             return _HELLO.pack(
-                frame.magic, frame.version, frame.timeout_ms, frame.fingerprint, frame.secret, source, puller
-            )
+                frame.magic, frame.version, frame.checksums, frame.timeout_ms, frame.fingerprint, frame.secret,
+                source, puller,
+            )  # fmt: skip
         case HelloOk():
             return _HELLO_OK.pack(
-                frame.version, frame.lease_ms, frame.fingerprint, frame.num_blocks, frame.block_bytes
-            )
+                frame.version, frame.checksum, frame.lease_ms, frame.fingerprint, frame.num_blocks,
+                frame.block_bytes,
+            )  # fmt: skip
         case Pull():
             assert len(frame.joined) <= MAX_JOINED
             return _PULL.pack(frame.mode, frame.first, frame.offset, frame.length) + frame.joined
@@ -216,13 +221,13 @@ def _encode_body(frame: Frame) -> bytes:
 
 def _decode_body(kind: type, body: bytes) -> Frame:
     if kind is Hello:
-        magic, version, timeout_ms, fingerprint, secret, source, puller = _HELLO.unpack(body)
+        magic, version, kinds, timeout_ms, fingerprint, secret, source, puller = _HELLO.unpack(body)
         if magic != MAGIC:
             raise ValueError("not a puller")
-        return Hello(version, fingerprint, secret, _text(source), _text(puller), timeout_ms)
+        return Hello(version, fingerprint, secret, _text(source), _text(puller), timeout_ms, Checksum(kinds))
     if kind is HelloOk:
-        version, lease_ms, fingerprint, num_blocks, block_bytes = _HELLO_OK.unpack(body)
-        return HelloOk(version, fingerprint, lease_ms, num_blocks, block_bytes)
+        version, chosen, lease_ms, fingerprint, num_blocks, block_bytes = _HELLO_OK.unpack(body)
+        return HelloOk(version, fingerprint, lease_ms, num_blocks, block_bytes, Checksum(chosen))
     if kind is Pull:
         mode, first, offset, length = _PULL.unpack_from(body)
         joined = body[_PULL.size :]

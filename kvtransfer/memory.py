@@ -9,6 +9,7 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
+from kvtransfer.access import Buffer
 from kvtransfer.faults import ConnectionLost, ProtocolError
 from kvtransfer.inbox import Inbox
 from kvtransfer.transport import MAX_FRAME, Connection, Listener, Transport
@@ -44,7 +45,8 @@ class MemoryConnection(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inbox.get()
 
-    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+    def send_payload(self, slot: int, data: Buffer) -> asyncio.Future[None]:
+        assert isinstance(data, memoryview)
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._closed or self._other is None:
             sent.set_exception(ConnectionLost("closed"))
@@ -53,7 +55,8 @@ class MemoryConnection(Connection):
             self._other._match(slot)
         return sent
 
-    def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
+    def post_payload(self, slot: int, into: Buffer) -> asyncio.Future[None]:
+        assert isinstance(into, memoryview)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._closed:
             future.set_exception(ConnectionLost("closed"))

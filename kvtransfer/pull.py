@@ -14,9 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
-from kvtransfer.blocks import BlockMemory
+from kvtransfer.access import Loan
+from kvtransfer.blocks import Blocks
 from kvtransfer.faults import ConnectionLost, ProtocolError, Reason, Refusal
 from kvtransfer.frames import (
     Ack,
@@ -54,6 +56,7 @@ class Run:
     checksums: tuple[int, ...]  # one for each of its blocks
     attempt: int
     arrived: asyncio.Future[None]
+    loan: Loan  # where it arrives
 
 
 class Pulling:
@@ -64,7 +67,7 @@ class Pulling:
     def __init__(
         self,
         connection: Connection,
-        memory: BlockMemory,
+        memory: Blocks,
         stamp: Stamp,
         timeout: float,
         block_ids: Sequence[int],
@@ -77,6 +80,8 @@ class Pulling:
         self.clean = False  # everything ended well: behind an ACK the connection may carry another transfer
         self._connection = connection
         self._memory = memory
+        self._access = memory.access(connection.carries_device_memory)
+        self._checksum = memory.kinds[0]
         self.stamp = stamp
         self._timeout = timeout
         self._block_ids = block_ids
@@ -86,6 +91,11 @@ class Pulling:
         self._announced = 0  # blocks that a READY has named
         self._arrived = 0  # blocks whose first attempt is there, good or not
         self._damaged: set[int] = set()  # places whose second attempt is under way
+
+    @property
+    def way(self) -> str:
+        """What the bytes of the pool are in, and how they get there."""
+        return self._access.name
 
     @property
     def bandwidth(self) -> float:
@@ -104,6 +114,9 @@ class Pulling:
             raise Refusal(
                 Reason.INCOMPATIBLE, f"blocks of {answer.block_bytes} bytes, not {self._memory.block_bytes}"
             )
+        if answer.checksum not in self._memory.kinds:
+            raise ProtocolError(f"checksums of kind {answer.checksum!r}, which were not offered")
+        self._checksum = answer.checksum
         if answer.num_blocks != self._first + len(self._block_ids):
             raise ProtocolError(f"{answer.num_blocks} blocks, the handle has another number")
         return answer
@@ -163,6 +176,7 @@ class Pulling:
             await self._connection.close()
         for run in self._runs:
             run.arrived.cancel()
+        self._access.close()
 
     async def _either(self, reading: asyncio.Task[Frame], deadline: float) -> None:
         """Returns when a frame is there or the first run has arrived. TimeoutError behind the deadline."""
@@ -190,20 +204,24 @@ class Pulling:
             begin += length
 
     def _post(self, place: int, checksums: tuple[int, ...], attempt: int) -> None:
-        block, count = self._block_ids[place], len(checksums)
-        if any(self._block_ids[place + i] != block + i for i in range(count)):
+        block, blocks = self._block_ids[place], len(checksums)
+        if any(self._block_ids[place + i] != block + i for i in range(blocks)):
             raise ProtocolError(f"blocks from {self._first + place} are not one run")
-        into = self._memory.run(block, count)
-        arrived = self._connection.post_payload(slot_of(self._first + place, attempt), into)
+        loan = self._access.lend(*self._memory.range(block, blocks))
+        arrived = self._connection.post_payload(slot_of(self._first + place, attempt), loan.buffer)
         arrived.add_done_callback(heard)
-        self._runs.append(Run(place, checksums, attempt, arrived))
+        self._runs.append(Run(place, checksums, attempt, arrived, loan))
 
     async def _take(self, run: Run, on_progress: Callable[[int], None]) -> None:
         """Verifies the blocks of a run that is there; a damaged one is asked for again, once."""
         run.arrived.result()
-        for place, checksum in enumerate(run.checksums, run.place):
+        await self._access.store(run.loan)
+        self._access.release(run.loan)
+        blocks = self._block_ids[run.place : run.place + len(run.checksums)]
+        found = await self._memory.checksums(self._checksum, blocks, 0, self._memory.block_bytes)
+        for place, checksum, here in zip(count(run.place), run.checksums, found, strict=False):
             self._arrived = max(self._arrived, place + 1)
-            if self._memory.checksum(self._block_ids[place]) == checksum:
+            if here == checksum:
                 self._damaged.discard(place)
             elif run.attempt == 0:
                 await self._ask_again(place)

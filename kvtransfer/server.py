@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvtransfer.blocks import BlockMemory
+from kvtransfer.blocks import Blocks
 from kvtransfer.frames import pack_worker_id
 from kvtransfer.handle import KvHandle
 from kvtransfer.observer import NullObserver, TransferObserver
@@ -31,7 +31,7 @@ class BlockServer:
 
     def __init__(
         self,
-        memory: BlockMemory,
+        memory: Blocks,
         fingerprint: bytes,
         worker_id: str,
         epoch: int,

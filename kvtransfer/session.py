@@ -12,8 +12,12 @@ import hmac
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
-from kvtransfer.blocks import BlockMemory
+from kvtransfer.access import RUN_BYTES, Loan
+from kvtransfer.blocks import Blocks
+from kvtransfer.checksums import Checksum, first_common
 from kvtransfer.faults import ConnectionLost, ProtocolError, Reason, Refusal
 from kvtransfer.frames import (
     Ack,
@@ -40,7 +44,6 @@ from splitserve.layout import PROTOCOL_VERSION
 logger = logging.getLogger(__name__)
 
 BATCH = 32  # blocks announced by one READY at most; the first are fewer, so that bytes flow early
-RUN_BYTES = 2 << 20  # of one payload at most, unless a block has more: what arrives is verified meanwhile
 IN_FLIGHT = 32  # payloads being sent at a time
 MAX_RESENDS = 16  # of one session: a line that damages more is of no use
 LINGER_SECONDS = 1.0  # how long the last frame may take to be read before the connection is closed
@@ -69,12 +72,14 @@ class Session:
     def __init__(
         self,
         connection: Connection,
-        memory: BlockMemory,
+        memory: Blocks,
         identity: SourceIdentity,
         find: Callable[[bytes], Publication | None],
     ) -> None:
         self._connection = connection
         self._memory = memory
+        self._access = memory.access(connection.carries_device_memory)
+        self._checksum = memory.kinds[0]
         self._identity = identity
         self._find = find
         self._stamp = Stamp(bytes(16), identity.epoch, 0)
@@ -92,6 +97,7 @@ class Session:
                 hello = await self._handshake()
                 publication = self._admit(hello)
                 await publication.attach()
+                self._checksum = self._agree(hello)
                 await self._send(self._welcome(publication))
                 pull = await self._receive()
             last = await self._transfer(publication, pull, interval=max(0.01, hello.timeout_ms / 4000))
@@ -112,6 +118,7 @@ class Session:
                 if not clean:
                     await uninterrupted(self._connection.close())
             finally:
+                self._access.close()
                 if publication is not None:
                     publication.detach()
         return clean
@@ -153,6 +160,12 @@ class Session:
             raise ProtocolError("a progress timeout of 0")
         return publication
 
+    def _agree(self, hello: Hello) -> Checksum:
+        kind = first_common(self._memory.kinds, hello.checksums)
+        if kind is None:
+            raise Refusal(Reason.INCOMPATIBLE, f"no checksum in common with {hello.puller}")
+        return kind
+
     def _welcome(self, publication: Publication) -> HelloOk:
         return HelloOk(
             PROTOCOL_VERSION,
@@ -160,6 +173,7 @@ class Session:
             max(1, int(self._identity.lease_seconds * 1000)),
             publication.handle.num_blocks,
             self._memory.block_bytes,
+            self._checksum,
         )
 
     async def _transfer(self, publication: Publication, pull: Frame, interval: float) -> Done | Cancel:
@@ -233,20 +247,27 @@ class Session:
         self, publication: Publication, pull: Pull, first: int, count: int, attempt: int
     ) -> None:
         blocks = publication.block_ids[first : first + count]
-        checksums = tuple(self._memory.checksum(block, pull.offset, pull.length) for block in blocks)
+        checksums = await self._memory.checksums(self._checksum, blocks, pull.offset, pull.length)
         whole = pull.length == self._memory.block_bytes
         longest = max(1, RUN_BYTES // pull.length) if whole else 1
         runs = cut(blocks, first - pull.first, pull.joined, longest)
-        await self._send(Ready(first, runs, checksums, attempt))
-        place = 0
-        for run in runs:
+        places = [0, *accumulate(runs[:-1])]
+        ranges = [
+            self._memory.range(blocks[place], run, pull.offset, pull.length)
+            for place, run in zip(places, runs, strict=True)
+        ]
+        loans = await self._access.load(ranges)
+        await self._send(Ready(first, runs, tuple(checksums), attempt))
+        for place, loan in zip(places, loans, strict=True):
             await self._at_most_in_flight(IN_FLIGHT - 1)
-            block = blocks[place]
-            data = self._memory.run(block, run) if whole else self._memory.block(block, pull.offset, pull.length)
-            send = self._connection.send_payload(slot_of(first + place, attempt), data)
-            send.add_done_callback(heard)
+            send = self._connection.send_payload(slot_of(first + place, attempt), loan.buffer)
+            send.add_done_callback(partial(self._sent, loan))
             self._sends.add(send)
-            place += run
+
+    def _sent(self, loan: Loan, send: asyncio.Future[None]) -> None:
+        heard(send)
+        if not send.cancelled() and send.exception() is None:  # else UCX may read it until the connection ends
+            self._access.release(loan)
 
     async def _at_most_in_flight(self, count: int) -> None:
         while len(self._sends) > count:

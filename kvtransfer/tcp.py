@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import Callable
 
+from kvtransfer.access import Buffer
 from kvtransfer.faults import ConnectionLost, ProtocolError
 from kvtransfer.inbox import Inbox
 from kvtransfer.transport import MAX_FRAME, Connection, Listener, Transport, split_address
@@ -54,7 +55,8 @@ class TcpConnection(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inbox.get()
 
-    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+    def send_payload(self, slot: int, data: Buffer) -> asyncio.Future[None]:
+        assert isinstance(data, memoryview)
         sent: asyncio.Future[None] = self._loop.create_future()
         sender = asyncio.create_task(self._send(_HEADER.pack(_PAYLOAD, slot, len(data)), data))
         self._senders.add(sender)
@@ -71,7 +73,8 @@ class TcpConnection(Connection):
         else:
             sent.set_exception(error)
 
-    def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
+    def post_payload(self, slot: int, into: Buffer) -> asyncio.Future[None]:
+        assert isinstance(into, memoryview)
         future: asyncio.Future[None] = self._loop.create_future()
         if self._ended.is_set():
             future.set_exception(ConnectionLost("closed"))

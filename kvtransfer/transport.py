@@ -12,6 +12,8 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from kvtransfer.access import Buffer
+
 MAX_FRAME = 8192  # bytes; a longer one breaks the connection
 MAX_SLOT = (1 << 22) - 1
 MAX_WAITING_FRAMES = 256  # received and not yet read; a peer that sends more is held back or cut off
@@ -23,6 +25,7 @@ class Connection(ABC):
     transport: str  # name of the transport
     peer: str  # for logs
     lanes: str = ""  # what the bytes travel over, where the transport can tell
+    carries_device_memory: bool = False  # payloads may be in a GPU's memory
 
     @abstractmethod
     async def send_frame(self, frame: bytes) -> None:
@@ -35,7 +38,7 @@ class Connection(ABC):
         ProtocolError if the peer sent one that is too long. May be cancelled without loss."""
 
     @abstractmethod
-    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+    def send_payload(self, slot: int, data: Buffer) -> asyncio.Future[None]:
         """Sends ``data``, not empty, to the receive that the peer posts for ``slot``. The future ends when
         ``data`` may change; its exception: ConnectionLost. Cancelling it does not withdraw the send: only
         ``close()`` does.
@@ -43,7 +46,7 @@ class Connection(ABC):
         Slots are chosen by the callers, 0 to ``MAX_SLOT``, each used once in a transfer."""
 
     @abstractmethod
-    def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
+    def post_payload(self, slot: int, into: Buffer) -> asyncio.Future[None]:
         """Accepts the payload of ``slot`` straight into ``into``. The future ends when it is there.
 
         Its exceptions: ConnectionLost, ProtocolError (another size). Cancelling it does not withdraw the receive:

@@ -13,6 +13,7 @@ import secrets
 import struct
 from typing import Any
 
+from kvtransfer.access import Buffer
 from kvtransfer.faults import ConnectionLost, ProtocolError
 from kvtransfer.inbox import Inbox
 from kvtransfer.transport import MAX_FRAME, MAX_SLOT, Connection
@@ -37,6 +38,7 @@ class UcxConnection(Connection):
     def __init__(self, driver: UcxDriver, endpoint: Any, peer: str) -> None:
         self.peer = peer
         self.lanes = driver.lanes
+        self.carries_device_memory = driver.carries_device_memory
         self._driver = driver
         self._endpoint = endpoint
         self._open: dict[asyncio.Future[None], str] = {}  # what runs on the endpoint
@@ -67,10 +69,10 @@ class UcxConnection(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inbox.get()
 
-    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+    def send_payload(self, slot: int, data: Buffer) -> asyncio.Future[None]:
         return self._carry("tag_send", data, self._tag(self._send_base, slot))
 
-    def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
+    def post_payload(self, slot: int, into: Buffer) -> asyncio.Future[None]:
         return self._carry("tag_recv", into, self._tag(self._receive_base, slot))
 
     async def close(self) -> None:
@@ -115,7 +117,7 @@ class UcxConnection(Connection):
         if error is not None:
             raise self._translate(error)
 
-    def _carry(self, operation: str, buffer: memoryview, tag: Any) -> asyncio.Future[None]:
+    def _carry(self, operation: str, buffer: Buffer, tag: Any) -> asyncio.Future[None]:
         """A future that its owner may cancel, unlike the request's own."""
         carried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:

@@ -61,6 +61,7 @@ class UcxDriver:
         self.worker: Any = self.ucx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
         self.worker.init_blocking_progress_mode()
         self.lanes = ", ".join(dict.fromkeys(re.findall(r"flags -- (\S+)", context.info)))
+        self.carries_device_memory = bool(context.cuda_support)
         self.truncated = (self.ucx.UCXMessageTruncatedError, self.ucx.UCXMsgTruncated)
         self._pending: list[tuple[Any, Any, asyncio.Future[None]]] = []
         self._poll_until = 0.0

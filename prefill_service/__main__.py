@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine import AsyncEngine, create_engine
-from kvtransfer import BlockMemory, BlockServer, default_transports, make_transports, prefer_loopback
+from kvtransfer import BlockMemory, BlockServer, DeviceBlocks, default_transports, make_transports
 from prefill_service.role import PrefillRole
 from splitserve.addresses import is_loopback
 from splitserve.config import WorkerConfig
@@ -19,7 +19,9 @@ def make_role(context: WorkerContext, engine: AsyncEngine) -> PrefillRole:
         prefer_loopback()
     transports = make_transports(config.transports) if config.transports else default_transports()
     blocks = BlockServer(
-        BlockMemory(runner.memory(), runner.layout, runner.num_blocks),
+        DeviceBlocks(runner.device_pool())
+        if runner.on_gpu
+        else BlockMemory(runner.memory(), runner.layout, runner.num_blocks),
         runner.fingerprint,
         config.worker_id,
         epoch=0,  # until the directory gives one

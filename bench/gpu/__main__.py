@@ -39,6 +39,9 @@ PARTS = {
     "prefill-attention": ("attention", "prefill_attention"),
     "blocks": ("attention", "block_kernels"),
     "steps": ("steps", "steps"),
+    "equality": ("workers", "equality"),
+    "transfer": ("workers", "transfer"),
+    "streams": ("workers", "streams"),
     "generate": ("peers", "generate"),
     "continuous": ("peers", "continuous"),
 }

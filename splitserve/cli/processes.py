@@ -83,7 +83,7 @@ def worker_command(role: Role, text: str) -> Callable[..., None]:
         kv_cache_memory: o.KvCacheMemory = None,
         enable_prefix_caching: o.PrefixCaching = True,
         kernels: o.Kernels = "auto",
-        device: o.Device = "cpu",
+        device: o.Device = "auto",
         gpu_memory_utilization: o.GpuMemoryUtilization = 0.9,
         cores: o.Cores = None,
         max_waiting: o.MaxWaiting = 256,

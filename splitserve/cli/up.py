@@ -44,7 +44,7 @@ def up(
     kv_cache_memory: o.KvCacheMemory = None,
     enable_prefix_caching: o.PrefixCaching = True,
     kernels: o.Kernels = "auto",
-    device: o.Device = "cpu",
+    device: o.Device = "auto",
     gpu_memory_utilization: o.GpuMemoryUtilization = 0.9,
     max_waiting: o.MaxWaiting = 256,
     decode_only_tokens: o.DecodeOnlyTokens = 64,

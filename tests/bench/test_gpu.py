@@ -14,7 +14,7 @@ from bench.gpu.__main__ import PARTS, measure
 from bench.gpu.measure import Bench, Line
 from bench.gpu.scale import TINY
 
-SLOW = ("steps", "generate")
+SLOW = ("steps", "equality", "transfer", "streams", "generate")
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles here")
 
 

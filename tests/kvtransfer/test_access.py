@@ -99,7 +99,7 @@ async def test_a_cancelled_copy_keeps_its_slot_to_the_end(pool: FakeDevicePool, 
 
 
 def test_straight_access_names_addresses_in_the_pool(pool: FakeDevicePool) -> None:
-    span = DeviceBlocks(pool, BLOCK).access(True).lend(3 * BLOCK + 16, 32).buffer
+    span = DeviceBlocks(pool).access(True).lend(3 * BLOCK + 16, 32).buffer
     assert isinstance(span, DeviceSpan) and len(span) == span.nbytes == 32
     described = span.__cuda_array_interface__
     assert described["data"] == (pool.address() + 3 * BLOCK + 16, False) and described["shape"] == (32,)
@@ -114,7 +114,7 @@ def test_host_pools_are_lent_in_place() -> None:
 
 
 async def test_checksums_of_a_device_are_those_of_its_words(pool: FakeDevicePool) -> None:
-    blocks = DeviceBlocks(pool, BLOCK)
+    blocks = DeviceBlocks(pool)
     expected = [checksum_words(memoryview(pool.block(b))[4:20]) for b in (2, 6)]
     assert await blocks.checksums(Checksum.WORDS, [2, 6], 4, 16) == expected
 

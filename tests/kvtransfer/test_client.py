@@ -309,7 +309,7 @@ async def test_closing_the_client_ends_its_pulls_and_leaves_the_transfer_to_othe
 def test_a_pool_gives_nothing_outside_its_blocks(index: int, offset: int, length: int) -> None:
     memory = BlockMemory(bytearray(4 * LAYOUT.block_bytes), LAYOUT, 4)
     with pytest.raises(IndexError):
-        memory.block(index, offset, length)
+        memory.range(index, 1, offset, length)
 
 
 def test_a_pool_of_another_size_or_read_only_is_refused() -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtransfer.checksums import Checksum, all_of
 from kvtransfer.faults import ProtocolError, Reason
 from kvtransfer.frames import (
     Ack,
@@ -41,8 +42,8 @@ def ready_of(first: int, runs: list[list[int]], attempt: int) -> Ready:
 
 stamps = st.builds(Stamp, ids, u64, u64)
 frames = st.one_of(
-    st.builds(Hello, u16, digests, ids, worker_ids, worker_ids, u32),
-    st.builds(HelloOk, u16, digests, u32, u32, u64),
+    st.builds(Hello, u16, digests, ids, worker_ids, worker_ids, u32, st.just(all_of(Checksum))),
+    st.builds(HelloOk, u16, digests, u32, u32, u64, st.sampled_from(Checksum)),
     st.builds(Pull, u32, u64, u64, st.binary(max_size=64)),
     st.builds(ready_of, u32, st.lists(st.lists(u32, min_size=1, max_size=9), min_size=1, max_size=100), u8),
     st.builds(Resend, u32, u8),

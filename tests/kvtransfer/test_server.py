@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvtransfer import Connection, Reason, ReleaseReason
+from kvtransfer.checksums import Checksum
 from kvtransfer.faults import ConnectionLost
 from kvtransfer.frames import Error, Frame, Heartbeat, Hello, HelloOk, Pull, Ready, Stamp, decode, encode
 from kvtransfer.publication import Publication
@@ -27,8 +28,11 @@ def stamp_of(publication: Publication) -> Stamp:
     return Stamp(publication.handle.transfer_id, publication.handle.epoch, 9)
 
 
-def hello_of(publication: Publication, version: int = PROTOCOL_VERSION) -> Hello:
-    return Hello(version, FINGERPRINT, publication.handle.secret, publication.handle.source, "stranger", 1000)
+def hello_of(
+    publication: Publication, version: int = PROTOCOL_VERSION, checksums: Checksum = Checksum.CRC32C
+) -> Hello:
+    handle = publication.handle
+    return Hello(version, FINGERPRINT, handle.secret, handle.source, "stranger", 1000, checksums)
 
 
 async def answer(connection: Connection) -> Frame:
