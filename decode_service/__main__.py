@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from decode_service.role import DecodeRole
 from engine import AsyncEngine, create_engine
-from kvtransfer import BlockMemory, DeviceBlocks, PullClient, default_transports, make_transports
+from kvtransfer import (
+    BlockMemory,
+    DeviceBlocks,
+    PullClient,
+    default_transports,
+    make_transports,
+    prefer_loopback,
+)  # fmt: skip
+from splitserve.addresses import is_loopback
 from splitserve.config import WorkerConfig
 from splitserve.metrics import TransferMetrics
 from splitserve.process import run_process

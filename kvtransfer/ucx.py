@@ -18,6 +18,8 @@ from kvtransfer.faults import ConnectionLost
 from kvtransfer.transport import Connection, Listener, Transport, split_address
 from kvtransfer.ucx_connection import CLOSE_NS, UcxConnection
 from kvtransfer.ucx_driver import UcxDriver, load_ucxx
+from kvtransfer.ucx_loopback import confine
+from splitserve.addresses import is_loopback
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from engine import AsyncEngine, create_engine
-from kvtransfer import BlockMemory, BlockServer, DeviceBlocks, default_transports, make_transports
+from kvtransfer import (
+    BlockMemory,
+    BlockServer,
+    DeviceBlocks,
+    default_transports,
+    make_transports,
+    prefer_loopback,
+)  # fmt: skip
 from prefill_service.role import PrefillRole
 from splitserve.addresses import is_loopback
 from splitserve.config import WorkerConfig
