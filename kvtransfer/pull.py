@@ -124,7 +124,8 @@ class Pulling:
     async def blocks(self, lease_seconds: float, on_progress: Callable[[int], None]) -> End:
         """Fetches and verifies every block. Raises what ``greet`` raises."""
         end: End | None = None
-        deadline = time.perf_counter() + self._timeout
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._timeout
         busy_since = ended_at = 0.0
         async with running(self._beat(min(self._timeout, lease_seconds) / 4)):
             reading = asyncio.create_task(self._receive())
@@ -136,7 +137,7 @@ class Pulling:
                         frame = reading.result()
                         reading = asyncio.create_task(self._receive())
                         if not self._runs:
-                            deadline, busy_since = now + self._timeout, now
+                            deadline, busy_since = clock() + self._timeout, now
                         match frame:
                             case Heartbeat():
                                 continue
@@ -149,7 +150,7 @@ class Pulling:
                     elif self._runs and self._runs[0].arrived.done():
                         await self._take(self._runs.popleft(), on_progress)
                         now = time.perf_counter()
-                        deadline = now + self._timeout
+                        deadline = clock() + self._timeout
                         if not self._runs:
                             self.busy_seconds += now - busy_since
             finally:
@@ -183,7 +184,7 @@ class Pulling:
         awaited: list[asyncio.Future[Any]] = [reading]
         if self._runs:
             awaited.append(self._runs[0].arrived)
-        left = deadline - time.perf_counter()
+        left = deadline - asyncio.get_running_loop().time()
         done, _ = await asyncio.wait(awaited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             raise TimeoutError

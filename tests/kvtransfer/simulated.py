@@ -78,6 +78,7 @@ class WeatheredConnection(Connection):
         self._weather = weather
         self._closed = asyncio.Event()
         self._frames = asyncio.Lock()
+        self._sends: set[asyncio.Task[None]] = set()
         self._lightning = asyncio.create_task(self._strike())
 
     async def send_frame(self, frame: bytes) -> None:
@@ -88,7 +89,13 @@ class WeatheredConnection(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inner.recv_frame()
 
-    async def send_payload(self, slot: int, data: memoryview) -> None:
+    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+        send = asyncio.create_task(self._carry(slot, data))
+        self._sends.add(send)
+        send.add_done_callback(self._sends.discard)
+        return send
+
+    async def _carry(self, slot: int, data: memoryview) -> None:
         await self._travel()
         await self._inner.send_payload(slot, data)
 
@@ -100,6 +107,7 @@ class WeatheredConnection(Connection):
         self._lightning.cancel()
         await asyncio.gather(self._lightning, return_exceptions=True)
         await self._inner.close()
+        await asyncio.gather(*self._sends, return_exceptions=True)
 
     async def _travel(self) -> None:
         delay = self._weather.delay()

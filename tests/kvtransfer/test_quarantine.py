@@ -60,7 +60,7 @@ async def test_a_puller_gives_its_blocks_back_when_the_silent_source_is_cut_off(
         with pytest.raises(ConnectionLost):
             await source.recv_frame()
         ones = memoryview(np.ones(LAYOUT.block_bytes, dtype=np.uint8))
-        late = [asyncio.create_task(source.send_payload(slot_of(i, 0), ones)) for i in range(COUNT)]
+        late = [source.send_payload(slot_of(i, 0), ones) for i in range(COUNT)]
         await asyncio.wait(late, timeout=0.1)
         assert not target.any(), "late data was accepted"
         await source.close()
@@ -111,8 +111,8 @@ class _StuckAtAck(Connection):
     async def recv_frame(self) -> bytes:
         return await self._inner.recv_frame()
 
-    async def send_payload(self, slot: int, data: memoryview) -> None:
-        await self._inner.send_payload(slot, data)
+    def send_payload(self, slot: int, data: memoryview) -> asyncio.Future[None]:
+        return self._inner.send_payload(slot, data)
 
     def post_payload(self, slot: int, into: memoryview) -> asyncio.Future[None]:
         return self._inner.post_payload(slot, into)
