@@ -19,6 +19,7 @@ from kvtransfer import (
     ReleaseReason,
     Transport,
 )
+from kvtransfer.checksums import Checksum
 from kvtransfer.faults import ConnectionLost
 from kvtransfer.frames import Ack, Cancel, Hello, HelloOk, Pull, Ready, Stamp, decode, encode
 from kvtransfer.session import slot_of
@@ -48,7 +49,7 @@ async def test_a_puller_gives_its_blocks_back_when_the_silent_source_is_cut_off(
         source = await accepted.get()
         stamp, hello = decode(await source.recv_frame())
         assert isinstance(hello, Hello)
-        welcome = HelloOk(PROTOCOL_VERSION, FINGERPRINT, 10_000, COUNT, LAYOUT.block_bytes)
+        welcome = HelloOk(PROTOCOL_VERSION, FINGERPRINT, 10_000, COUNT, LAYOUT.block_bytes, Checksum.CRC32C)
         await source.send_frame(encode(stamp, welcome))
         assert isinstance(decode(await source.recv_frame())[1], Pull)
         pulling.cancel()
@@ -79,7 +80,7 @@ async def test_a_source_gives_its_blocks_back_when_the_puller_that_takes_none_is
         (address,) = handle.addresses.values()
         puller = await pair.puller_transport.connect(address)
         stamp = Stamp(handle.transfer_id, handle.epoch, 9)
-        hello = Hello(PROTOCOL_VERSION, FINGERPRINT, handle.secret, handle.source, "stranger", 1000)
+        hello = Hello(PROTOCOL_VERSION, FINGERPRINT, handle.secret, handle.source, "stranger", 1000, Checksum.CRC32C)
         await puller.send_frame(encode(stamp, hello))
         await puller.send_frame(encode(stamp, Pull(0, 0, LAYOUT.block_bytes)))
         while not isinstance(decode(await puller.recv_frame())[1], Ready):
