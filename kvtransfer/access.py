@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from kvtransfer.tasks import uninterrupted
 
-RUN_BYTES = 2 << 20  # of one payload at most, unless a block has more: what arrives is verified meanwhile
+RUN_BYTES = 1 << 20  # of one payload at most, unless a block has more: what arrives is verified meanwhile
 
 
 class DeviceSpan:
