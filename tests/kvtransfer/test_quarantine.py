@@ -80,7 +80,9 @@ async def test_a_source_gives_its_blocks_back_when_the_puller_that_takes_none_is
         (address,) = handle.addresses.values()
         puller = await pair.puller_transport.connect(address)
         stamp = Stamp(handle.transfer_id, handle.epoch, 9)
-        hello = Hello(PROTOCOL_VERSION, FINGERPRINT, handle.secret, handle.source, "stranger", 1000, Checksum.CRC32C)
+        hello = Hello(
+            PROTOCOL_VERSION, FINGERPRINT, handle.secret, handle.source, "stranger", 1000, Checksum.CRC32C
+        )
         await puller.send_frame(encode(stamp, hello))
         await puller.send_frame(encode(stamp, Pull(0, 0, LAYOUT.block_bytes)))
         while not isinstance(decode(await puller.recv_frame())[1], Ready):

@@ -48,7 +48,9 @@ class Servicer(inference_pb2_grpc.InferenceServicer):
 
 
 @asynccontextmanager
-async def serving(servicer: inference_pb2_grpc.InferenceServicer, **options: Any) -> AsyncIterator[tuple[GrpcServer, Any]]:
+async def serving(
+    servicer: inference_pb2_grpc.InferenceServicer, **options: Any
+) -> AsyncIterator[tuple[GrpcServer, Any]]:
     def register(server: grpc.aio.Server) -> None:
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
 
