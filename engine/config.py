@@ -12,7 +12,8 @@ class EngineConfig:
     """One model on one worker. Names and defaults follow vLLM where it has the same thing."""
 
     model: str  # directory, .gguf file, hub id or alias
-    dtype: str = "auto"  # "auto" (bfloat16), "float32" or "bfloat16"; weights, activations and KV
+    dtype: str = "auto"  # "auto" (bfloat16), "bfloat16", "float16" or "float32"; weights, activations and KV
+    kv_cache_dtype: str = "auto"  # "auto" (as dtype) or "fp8" (e4m3, half the bytes; values above 448 are cut)
     quantization: str | None = None  # "int8" or "fp8": weights of linear layers, rounded as they are loaded
     max_model_len: int | None = None  # tokens; None: what the model was trained for
     max_num_seqs: int = 64  # sequences in one step

@@ -27,6 +27,7 @@ def create_engine(
     engine_config = EngineConfig(
         model=config.model,
         dtype=config.dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
         quantization=config.quantization,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,

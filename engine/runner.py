@@ -43,7 +43,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PAGE = 4096  # bytes
-_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {
+    "auto": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_KV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 @dataclass(slots=True)
@@ -70,6 +76,8 @@ class Runner:
             torch.set_num_threads(config.threads)
         if config.dtype not in _DTYPES:
             raise ConfigError(f"dtype {config.dtype!r} is not supported; use {', '.join(_DTYPES)}")
+        if config.kv_cache_dtype not in ("auto", *_KV_DTYPES):
+            raise ConfigError(f"kv-cache-dtype {config.kv_cache_dtype!r} is not supported; use auto or fp8")
         if config.quantization not in QUANTIZATIONS:
             raise ConfigError(f"quantization {config.quantization!r} is not supported; use int8 or fp8")
         model = files.config
@@ -79,6 +87,7 @@ class Runner:
             )
         quantization = config.quantization or model.quantization
         self._dtype = _DTYPES[config.dtype]
+        self._kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, self._dtype)
         self.max_model_len = config.max_model_len or model.max_position
         if self.max_model_len > model.max_position:
             raise ConfigError(
@@ -89,7 +98,7 @@ class Runner:
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            dtype=str(self._dtype).removeprefix("torch."),
+            dtype=str(self._kv_dtype).removeprefix("torch."),
             block_tokens=config.block_tokens,
         )
         self.fingerprint = self.layout.fingerprint(_weights_name(files, quantization))
@@ -106,7 +115,7 @@ class Runner:
                     model.head_dim,
                     config.block_tokens,
                     self._dtype,
-                    self._dtype,
+                    self._kv_dtype,
                 )
             )
         except (ValueError, BuildError) as error:
@@ -250,12 +259,12 @@ class Runner:
             num_blocks, layout.num_kv_heads, layout.num_layers, layout.block_tokens, layout.head_dim
         )
         if self._device.torch.type != "cpu":  # what a block never held is finite
-            return torch.zeros(shape, dtype=self._dtype, device=self._device.torch)
+            return torch.zeros(shape, dtype=self._kv_dtype, device=self._device.torch)
         # zero pages: memory is taken when a block is first used
         size = num_blocks * layout.block_bytes
         pool = np.zeros(size + _PAGE, dtype=np.uint8)
         begin = -pool.ctypes.data % _PAGE  # rows of K and V must not straddle cache lines
-        return torch.from_numpy(pool[begin : begin + size]).view(self._dtype).view(shape)
+        return torch.from_numpy(pool[begin : begin + size]).view(self._kv_dtype).view(shape)
 
     def _count_blocks(self, config: EngineConfig) -> int:
         device = self._device

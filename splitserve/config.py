@@ -38,6 +38,7 @@ class WorkerConfig:
     metrics_port: int = 0
     transports: tuple[str, ...] = ()  # in order of preference; empty: the best that are installed
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"  # "auto" (as dtype) or "fp8"
     quantization: str | None = None  # "int8" or "fp8": weights of linear layers
     max_model_len: int | None = None
     max_num_seqs: int = 64

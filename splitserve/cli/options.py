@@ -62,7 +62,8 @@ ConfigFile = Annotated[
 ]
 Model = Annotated[str, _option("--model", help="Directory, .gguf file, hub id (owner/name) or alias (smollm2).")]
 ServedName = Annotated[str | None, _option("--served-model-name", help="Name that clients use. Default: --model.")]
-Dtype = Annotated[str, _option("--dtype", help="auto (bfloat16), bfloat16 or float32.")]
+Dtype = Annotated[str, _option("--dtype", help="auto (bfloat16), bfloat16, float16 or float32.")]
+KvCacheDtype = Annotated[str, _option("--kv-cache-dtype", help="auto (as --dtype) or fp8 (half the memory).")]
 Quantization = Annotated[
     str | None, _option("--quantization", help="int8 or fp8: weights rounded at load. Default: as stored.")
 ]
@@ -177,11 +178,12 @@ LogJson = Annotated[bool, _option("--log-json/--no-log-json", help="One JSON obj
 # flags that mean the same as a field of WorkerConfig with this name
 _SAME = (
     "model", "redis_url", "served_model_name", "worker_id", "host", "advertise_host", "port", "metrics_port",
-    "dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching",
-    "kernels", "device", "gpu_memory_utilization", "max_waiting", "drain_timeout",
+    "dtype", "kv_cache_dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+    "enable_prefix_caching", "kernels", "device", "gpu_memory_utilization", "max_waiting", "drain_timeout",
 )  # fmt: skip
 _MOST_CORES = 4096
-_DTYPES = ("auto", "bfloat16", "float32")
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_KV_DTYPES = ("auto", "fp8", "fp8_e4m3")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -255,6 +257,8 @@ def worker_config(role: Role, flags: Mapping[str, Any]) -> WorkerConfig:
     """From the flags of a command, by parameter name. Raises ConfigError for values that can't be."""
     if flags["dtype"] not in _DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, not {flags['dtype']}")
+    if flags["kv_cache_dtype"] not in _KV_DTYPES:
+        raise ConfigError(f"--kv-cache-dtype must be auto or fp8, not {flags['kv_cache_dtype']}")
     if flags["block_size"] not in (16, 32):
         raise ConfigError(f"--block-size must be 16 or 32, not {flags['block_size']}")
     if flags["max_num_batched_tokens"] < flags["max_num_seqs"]:

@@ -75,6 +75,7 @@ def worker_command(role: Role, text: str) -> Callable[..., None]:
         metrics_port: o.MetricsPort = 0,
         kv_transport: o.Transports = None,
         dtype: o.Dtype = "auto",
+        kv_cache_dtype: o.KvCacheDtype = "auto",
         quantization: o.Quantization = None,
         max_model_len: o.MaxModelLen = None,
         max_num_seqs: o.MaxNumSeqs = 64,

@@ -36,6 +36,7 @@ def up(
     grpc_port: o.GrpcPort = 50051,
     kv_transport: o.Transports = None,
     dtype: o.Dtype = "auto",
+    kv_cache_dtype: o.KvCacheDtype = "auto",
     quantization: o.Quantization = None,
     max_model_len: o.MaxModelLen = None,
     max_num_seqs: o.MaxNumSeqs = 64,

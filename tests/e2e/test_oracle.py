@@ -120,6 +120,11 @@ def test_int8_weights_raise_perplexity_by_less_than_a_hundredth(likely: Tensor, 
         assert (plain.mean() - rounded.mean()).exp() < 1.01
 
 
+def test_kv_in_float8_raises_perplexity_by_less_than_a_fiftieth(likely: Tensor) -> None:
+    rounded = _likely(LLM("smollm2", dtype="float32", kv_cache_dtype="fp8", kv_cache_memory=64 << 20))
+    assert (likely.mean() - rounded.mean()).exp() < 1.02
+
+
 def test_the_engine_says_what_transformers_says(
     reference: torch.nn.Module, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

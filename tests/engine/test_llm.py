@@ -49,6 +49,22 @@ def test_the_chunk_size_changes_no_answer(path: str, llm: LLM, chunk: int) -> No
     assert tokens(chunked, batch) == tokens(llm, batch)
 
 
+def test_kv_in_float8_takes_a_quarter_of_float32_and_chunks_change_no_answer(path: str, llm: LLM) -> None:
+    float8 = LLM(path, dtype="float32", kv_cache_dtype="fp8", kv_cache_memory=8 << 20)
+    assert float8.engine.runner.layout.block_bytes * 4 == llm.engine.runner.layout.block_bytes
+    assert float8.engine.runner.fingerprint != llm.engine.runner.fingerprint, "their blocks must not meet"
+    batch = prompts(10, 200)
+    chunked = LLM(path, dtype="float32", kv_cache_dtype="fp8", kv_cache_memory=2 << 20, max_num_batched_tokens=16,
+                  max_num_seqs=8)  # fmt: skip
+    assert tokens(chunked, batch) == tokens(float8, batch)
+
+
+def test_float16_answers_what_the_rounded_weights_say(path: str) -> None:
+    half = LLM(path, dtype="float16", kv_cache_memory=8 << 20)
+    assert half.engine.runner.layout.dtype == "float16"
+    assert all(len(answer) == 20 for answer in tokens(half, prompts(3)))
+
+
 def test_prefix_hits_change_no_answer(path: str) -> None:
     fresh = LLM(path, dtype="float32", kv_cache_memory=8 << 20)
     (base,) = prompts(1, 200, seed=5)
