@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 
 from splitserve.config import RouterConfig
+from splitserve.grpc_server import open_channel
 from tests.chaos.cluster import ChaosCluster
 from tests.chaos.load import MODEL, Case, ask
 from tests.chaos.test_overload import LONG
@@ -74,9 +75,25 @@ async def inter_token(cluster: ChaosCluster) -> float:
     return median(seconds)
 
 
+async def beside_fast(cluster: ChaosCluster) -> float:
+    """The same beside as many answers of the same length that are read."""
+    long = Case(0, CASE.prompt, 4000)
+    async with open_channel(cluster.children["patient"].addresses["grpc"]) as channel:
+        others = [asyncio.create_task(ask(channel, long)) for _ in range(READERS)]
+        try:
+            while await cluster.metric("patient", "splitserve_router_requests_running") < READERS:
+                await asyncio.sleep(0.05)
+            return await inter_token(cluster)
+        finally:
+            for other in others:
+                other.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await cluster.idle()
+
+
 async def test_readers_that_stall_are_cut_off_and_cost_the_router_little(patient: ChaosCluster) -> None:
     memory = await patient.metric("patient", "process_resident_memory_bytes")
-    alone = await inter_token(patient) if LONG else 0.0
+    alone, fast = (await inter_token(patient), await beside_fast(patient)) if LONG else (0.0, 0.0)
     readers = [SlowReader(patient) for _ in range(READERS)]
     most = memory
     try:
@@ -86,7 +103,11 @@ async def test_readers_that_stall_are_cut_off_and_cost_the_router_little(patient
             if LONG:
                 await asyncio.sleep(10)  # until all of them stall
                 beside = await inter_token(patient)
-                print(f"{1e3 * alone:.2f} ms a token alone, {1e3 * beside:.2f} ms beside {READERS} readers")
+                print(
+                    f"a token in {1e3 * alone:.2f} ms alone, {1e3 * fast:.2f} ms beside {READERS} who read, "
+                    f"{1e3 * beside:.2f} ms beside {READERS} who do not"
+                )
+                assert beside < 1.5 * fast
             while await patient.metric("patient", "splitserve_router_requests_running"):
                 await asyncio.sleep(1)
                 for reader in readers:
