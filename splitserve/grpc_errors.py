@@ -35,6 +35,7 @@ from splitserve.errors import (
 )
 
 logger = logging.getLogger(__name__)
+PARTING_SECONDS = 60.0  # that a caller who took no message has to take it and hear the end
 
 KIND, RETRY_AFTER, FIELD, REASON = "splitserve-error", "retry-after", "splitserve-field", "splitserve-reason"
 MAX_MESSAGE = 2048  # characters; trailers of 8 KiB and more are refused by peers
@@ -190,21 +191,42 @@ def _wrap_stream(
                     await _write_all(messages, context, write_seconds)
             else:
                 await behaviour(request, context)
+        except _Stalled as stalled:
+            logger.warning("%s: no message was taken for %g s, the caller is given up", method, write_seconds)
+            await asyncio.wait({stalled.write}, timeout=PARTING_SECONDS)  # no status can overtake it
+            if not stalled.write.done():
+                raise asyncio.CancelledError from stalled
+            error = DeadlineExceeded(f"no message was taken for {write_seconds:g} s")
+            await _abort(error, context, method, public)
         except Exception as error:
             await _abort(error, context, method, public)
 
     return call
 
 
+class _Stalled(Exception):
+    """The caller takes no messages; ``write`` is of the one that is stuck."""
+
+    def __init__(self, write: asyncio.Future[None]) -> None:
+        self.write = write
+
+
 async def _write_all(
     messages: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any], seconds: float | None
 ) -> None:
     async for message in messages:
+        if seconds is None:
+            await context.write(message)
+            continue
+        write = asyncio.ensure_future(context.write(message))
         try:
             async with asyncio.timeout(seconds):
-                await context.write(message)
+                await asyncio.shield(write)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"no message was taken for {seconds:g} s") from error
+            raise _Stalled(write) from error
+        except asyncio.CancelledError:
+            write.cancel()
+            raise
 
 
 async def _abort(

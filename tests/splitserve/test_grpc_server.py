@@ -230,15 +230,18 @@ class Talkative(inference_pb2_grpc.InferenceServicer):
             self.closed.set()
 
 
-async def test_a_caller_who_takes_no_message_is_given_up_and_others_are_not() -> None:
+async def test_a_caller_who_takes_no_message_is_given_up_and_others_are_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     servicer = Talkative()
     async with serving(servicer, write_seconds=0.3) as (_, stub):
         call = stub.Generate(pb.GenerateRequest())
         assert len((await call.read()).text) == 1_000_000
         async with asyncio.timeout(30):  # it reads no more
             await servicer.closed.wait()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in call:
-                pass
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
         assert [len(message.text) async for message in stub.Generate(pb.GenerateRequest())] == [1_000_000] * 100

@@ -29,7 +29,7 @@ def decode(model: Path | str, redis_url: str, *more: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--dtype", "int4"], "--dtype must be one of auto, bfloat16, float32, not int4"),
+        (["--dtype", "int4"], "--dtype must be one of auto, bfloat16, float16, float32, not int4"),
         (["--block-size", "7"], "--block-size must be 16 or 32, not 7"),
         (["--kv-cache-memory", "lots"], "'lots' is not a size"),
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], "--max-num-batched-tokens must be at least"),
