@@ -35,6 +35,7 @@ from splitserve.logs import setup_logging
 from splitserve.metrics import EngineMetrics, new_registry
 from splitserve.metrics_server import MetricsServer
 from splitserve.model_info import ModelDescription, description_to_proto
+from splitserve.partners import Partners
 from splitserve.process import stop_event
 from splitserve.v1 import worker_pb2, worker_pb2_grpc
 
@@ -182,7 +183,8 @@ async def run_worker(
                     tell_ready(config.ready_fd, {"grpc": info.grpc_address, "metrics": metrics_server.url})
                     log.info("ready", extra={"grpc": info.grpc_address, "metrics": metrics_server.url})
                     watchdog = Watchdog(engine, agent, server, config.step_timeout, not_live)
-                    await _watch_until(stopping, engine, metrics, agent, watchdog)
+                    partners = Partners(directory, info, server, not_ready)
+                    await _watch_until(stopping, engine, metrics, agent, watchdog, partners)
                     not_ready.append("draining")
                     log.info("draining", extra={"timeout": config.drain_timeout})
                     await server.not_ready()
@@ -240,6 +242,10 @@ class Watchdog:
         self._seconds = seconds
         self._not_live = not_live  # filled here, read by /live and /ready
 
+    @property
+    def stuck(self) -> bool:
+        return bool(self._not_live)
+
     async def look(self) -> None:
         stuck = self._engine.step_seconds > self._seconds
         if stuck:
@@ -263,12 +269,15 @@ async def _watch_until(
     metrics: EngineMetrics,
     agent: WorkerAgent,
     watchdog: Watchdog,
+    partners: Partners,
 ) -> None:
     """Looks twice a second whether the engine works and copies its numbers into the metrics, until it is time to
     stop or the agent has ended. Raises EngineError when the engine has failed."""
     prompt = cached = preemptions = 0
     while not stopping.is_set() and not agent.ended:
         await watchdog.look()
+        if not watchdog.stuck:
+            await partners.look()
         load, stats = engine.load(), engine.stats
         metrics.set_load(load.num_running, load.num_waiting, load.used_blocks / engine.num_blocks)
         metrics.add_prefix_lookup(stats.prompt_tokens - prompt, stats.cached_tokens - cached)

@@ -44,3 +44,7 @@ async def test_without_decode_workers_the_answer_is_an_error_at_once(
     answer = await ask(channel, LONG)
     assert answer.error is not None and answer.error.startswith(UNAVAILABLE)
     assert time.monotonic() - began < 2
+    async with asyncio.timeout(20):  # once their leases have ended
+        while await cluster.status("prefill-0", "/ready") != 503:
+            await asyncio.sleep(0.05)
+    assert await cluster.status("prefill-0", "/live") == 200
