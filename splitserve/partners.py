@@ -12,7 +12,6 @@ import time
 from splitserve.cluster import Role, WorkerInfo
 from splitserve.directory import Directory
 from splitserve.errors import Unavailable
-from splitserve.grpc_server import GrpcServer
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +21,10 @@ ALONE = "the directory lists no decode worker for this model"
 
 
 class Partners:
-    def __init__(self, directory: Directory, info: WorkerInfo, server: GrpcServer, not_ready: list[str]) -> None:
+    def __init__(self, directory: Directory, info: WorkerInfo, not_ready: list[str]) -> None:
         self._directory = directory
         self._info = info
-        self._server = server
-        self._not_ready = not_ready  # filled here, read by /ready
+        self._not_ready = not_ready  # filled here
         self._next = time.monotonic() + LOOK_SECONDS  # when to look again
         self._met = False  # a partner; without, a cluster is being started
 
@@ -46,8 +44,6 @@ class Partners:
         if alone:
             log.log(logging.WARNING if self._met else logging.INFO, "not ready: %s", ALONE)
             self._not_ready.append(ALONE)
-            await self._server.not_ready()
         else:
             log.info("ready again: a decode worker is listed")
             self._not_ready.remove(ALONE)
-            await self._server.ready()

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -138,16 +138,15 @@ async def run_worker(
         )
     stopping = stop_event()
     registry = new_registry()
-    not_ready = ["the model is being loaded"]
-    not_live: list[str] = []
+    readiness = Readiness()
     async with (
         Directory(config.redis_url, config.lease_seconds, tls=config.tls) as directory,
         MetricsServer(
             registry,
-            lambda: not_ready + not_live,
+            lambda: readiness.reasons + readiness.not_live,
             config.host,
             config.metrics_port,
-            lambda: not_live,
+            lambda: readiness.not_live,
             Keyring(config.api_keys),
             config.tls,
         ) as metrics_server,
@@ -178,25 +177,33 @@ async def run_worker(
                 )
                 async with agent:
                     role.join(agent)
-                    await server.ready()
-                    not_ready.clear()
+                    readiness.reasons.clear()
+                    await readiness.say(server)
                     tell_ready(config.ready_fd, {"grpc": info.grpc_address, "metrics": metrics_server.url})
                     log.info("ready", extra={"grpc": info.grpc_address, "metrics": metrics_server.url})
-                    watchdog = Watchdog(engine, agent, server, config.step_timeout, not_live)
-                    partners = Partners(directory, info, server, not_ready)
-                    await _watch_until(stopping, engine, metrics, agent, watchdog, partners)
-                    not_ready.append("draining")
-                    log.info("draining", extra={"timeout": config.drain_timeout})
-                    await server.not_ready()
-                    agent.set_draining()
-                    await server.stop()
-                    if agent.ended:
-                        await agent.wait()  # raises what broke it
-                        raise Unavailable(f"another process has registered worker id {worker_id}")
+                    looks = (
+                        Watchdog(engine, agent, config.step_timeout, readiness.not_live).look,
+                        Partners(directory, info, readiness.reasons).look,
+                        lambda: readiness.say(server),
+                    )
+                    await _watch_until(stopping, engine, metrics, agent, looks)
+                    await _drain(config, server, agent, readiness)
         finally:
             await role.close()
             await engine.close()  # checks its books: a leaked block shows as a failed process
     log.info("stopped")
+
+
+async def _drain(config: WorkerConfig, server: GrpcServer, agent: WorkerAgent, readiness: Readiness) -> None:
+    """Ends what is open, in time. Raises Unavailable if another process has taken this one's place."""
+    readiness.reasons.append("draining")
+    log.info("draining", extra={"timeout": config.drain_timeout})
+    await readiness.say(server)
+    agent.set_draining()
+    await server.stop()
+    if agent.ended:
+        await agent.wait()  # raises what broke it
+        raise Unavailable(f"another process has registered worker id {config.worker_id}")
 
 
 def _info(
@@ -230,21 +237,30 @@ def _register(server: grpc.aio.Server, role: WorkerRole, description: ModelDescr
     worker_pb2_grpc.add_WorkerServicer_to_server(InfoServicer(description), server)
 
 
+class Readiness:
+    """Why this process is not ready, and why not even live. /live and /ready read the lists, gRPC is told."""
+
+    def __init__(self) -> None:
+        self.reasons = ["the model is being loaded"]
+        self.not_live: list[str] = []
+        self._said = False
+
+    async def say(self, server: GrpcServer) -> None:
+        """Tells gRPC health if it is no longer what it was told last."""
+        ready = not (self.reasons or self.not_live)
+        if ready != self._said:
+            self._said = ready
+            await (server.ready() if ready else server.not_ready())
+
+
 class Watchdog:
     """Takes a worker out of service while a step of its engine does not end, and back when it has."""
 
-    def __init__(
-        self, engine: WorkerEngine, agent: WorkerAgent, server: GrpcServer, seconds: float, not_live: list[str]
-    ) -> None:
+    def __init__(self, engine: WorkerEngine, agent: WorkerAgent, seconds: float, not_live: list[str]) -> None:
         self._engine = engine
         self._agent = agent
-        self._server = server
         self._seconds = seconds
-        self._not_live = not_live  # filled here, read by /live and /ready
-
-    @property
-    def stuck(self) -> bool:
-        return bool(self._not_live)
+        self._not_live = not_live  # filled here
 
     async def look(self) -> None:
         stuck = self._engine.step_seconds > self._seconds
@@ -256,11 +272,9 @@ class Watchdog:
         if stuck:
             self._not_live.append(f"no step has ended for {self._seconds:g} s")
             log.critical("the engine makes no progress: %s", self._not_live[0])
-            await self._server.not_ready()
         else:
             self._not_live.clear()
             log.warning("the engine makes progress again")
-            await self._server.ready()
 
 
 async def _watch_until(
@@ -268,16 +282,14 @@ async def _watch_until(
     engine: WorkerEngine,
     metrics: EngineMetrics,
     agent: WorkerAgent,
-    watchdog: Watchdog,
-    partners: Partners,
+    looks: Sequence[Callable[[], Awaitable[None]]],
 ) -> None:
-    """Looks twice a second whether the engine works and copies its numbers into the metrics, until it is time to
-    stop or the agent has ended. Raises EngineError when the engine has failed."""
+    """Takes each of the ``looks`` twice a second and copies the engine's numbers into the metrics, until it is
+    time to stop or the agent has ended. Raises EngineError when the engine has failed."""
     prompt = cached = preemptions = 0
     while not stopping.is_set() and not agent.ended:
-        await watchdog.look()
-        if not watchdog.stuck:
-            await partners.look()
+        for look in looks:
+            await look()
         load, stats = engine.load(), engine.stats
         metrics.set_load(load.num_running, load.num_waiting, load.used_blocks / engine.num_blocks)
         metrics.add_prefix_lookup(stats.prompt_tokens - prompt, stats.cached_tokens - cached)
