@@ -23,6 +23,7 @@ from splitserve.tls import check_files
 
 BACKLOG = 2048
 STALL_SECONDS = 30.0
+UNSENT_BYTES = 128 * 1024  # that the kernel holds for one client beside what is on its way; else up to 4 MiB
 
 
 class HttpServer:
@@ -82,6 +83,7 @@ class HttpServer:
         if sys.platform == "linux":  # connections inherit it; the kernel watches, so that no event pays for it
             stall = round(self._stall_seconds * 1e3)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         config = uvicorn.Config(
             self._app,
             log_config=None,

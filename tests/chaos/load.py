@@ -19,8 +19,8 @@ from splitserve.v1 import inference_pb2_grpc
 from splitserve.v1.sampling_pb2 import SamplingParams
 
 MODEL = "tiny"
-# A probability's last bits depend on the batch that it is computed in, so a draw next to the border of two tokens goes
-# either way; one at 6e-7 did. Few tokens to draw from (TOP_K) have few borders, and with these seeds no draw of any
+# A probability's last bits depend on the batch that it is computed in, so a draw next to the border of two tokens
+# goes either way; one at 6e-7 did. Few tokens to draw from have few borders, and with these seeds no draw of any
 # case comes nearer than 2e-5 to one (`transformers` alone, float32).
 FIRST_SEED, TOP_K = 7_000, 4
 _salts = itertools.count()  # an answer does not depend on it, a cache hit does
