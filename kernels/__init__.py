@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 
+from kernels.decoder import DecoderLayer, DecoderWeights
 from kernels.interface import AttentionBatch, AttentionShape, Kernels, Linear, SampleParams, SpareCores, pool_shape
 from kernels.reference import ReferenceKernels
 
 __all__ = [
-    "AttentionBatch", "AttentionShape", "Kernels", "Linear", "ReferenceKernels", "SampleParams", "SpareCores",
-    "load_kernels", "pool_shape",
+    "AttentionBatch", "AttentionShape", "DecoderLayer", "DecoderWeights", "Kernels", "Linear", "ReferenceKernels",
+    "SampleParams", "SpareCores", "load_kernels", "pool_shape",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.decoder import DecoderWeights
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -86,6 +88,15 @@ class Linear(Protocol):
         ...
 
 
+class Decoder(Protocol):
+    """The layers of a model, made for a backend once."""
+
+    def __call__(self, residual: Tensor, kv: Tensor, batch: AttentionBatch) -> Tensor:
+        """Hidden states after the last norm, ``[T, hidden]``, of embedded rows ``residual [T, hidden]``, which are
+        overwritten; fills the pool's slots."""
+        ...
+
+
 class Kernels(Protocol):
     """One backend. Tensors share a device and, unless said otherwise, the model's dtype."""
 
@@ -111,6 +122,10 @@ class Kernels(Protocol):
     def pack_gate_up(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
         """``weight [2 * I, K]``, gates first, ``bias [2 * I]``. The layer gives ``silu(gate) * up``, ``[T, I]``,
         as silu_mul after pack_linear (``int8``: pack_linear_int8) would, with one rounding less or more."""
+        ...
+
+    def decoder(self, weights: DecoderWeights) -> Decoder:
+        """The layers of a model whose linear layers this backend packed."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.interface import UNSCALED, AttentionBatch, AttentionShape, KvScales, Linear, SampleParams
+from kernels.decoder import DecoderWeights, LayerByLayer
+from kernels.interface import UNSCALED, AttentionBatch, AttentionShape, Decoder, KvScales, Linear, SampleParams
 
 
 class TorchLinear:
@@ -78,6 +79,9 @@ class ReferenceKernels:
 
     def pack_gate_up(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
         return GateUp((self.pack_linear_int8 if int8 else self.pack_linear)(weight, bias), self.silu_mul)
+
+    def decoder(self, weights: DecoderWeights) -> Decoder:
+        return LayerByLayer(self, weights)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

@@ -15,8 +15,19 @@ from torch import Tensor
 
 from kernels.cpu import linear
 from kernels.cpu.build import library, runnable_isas
+from kernels.cpu.decoder import NativeDecoder, covers
 from kernels.cpu.library import Batch, Functions, KvPool, Library
-from kernels.interface import UNSCALED, AttentionBatch, AttentionShape, KvScales, Linear, SampleParams, SpareCores
+from kernels.decoder import DecoderWeights, LayerByLayer
+from kernels.interface import (
+    UNSCALED,
+    AttentionBatch,
+    AttentionShape,
+    Decoder,
+    KvScales,
+    Linear,
+    SampleParams,
+    SpareCores,
+)  # fmt: skip
 from kernels.reference import GateUp, ReferenceKernels
 
 MAX_HEAD_DIM = 256
@@ -100,6 +111,23 @@ class CpuKernels:
         if int8:
             return linear.pack_int8(self._library, functions, self._pool, weight, bias, gated=True)
         return linear.pack(functions, self._pool, weight, bias, gated=True)
+
+    def decoder(self, weights: DecoderWeights) -> Decoder:
+        apart = LayerByLayer(self, weights)
+        dtype = weights.last_norm.dtype
+        functions = self._functions.get(dtype)
+        if functions is None or not covers(weights, dtype):
+            return apart
+        native = NativeDecoder(functions.decoder, self._pool, weights)
+
+        def run(residual: Tensor, kv: Tensor, batch: AttentionBatch) -> Tensor:
+            pool = self._bind_pool(kv)
+            full = weights.window is None or weights.window >= batch.max_context
+            if not (full and pool.covered and kv.dtype is dtype and residual.is_contiguous()):
+                return apart(residual, kv, batch)
+            return native(residual, pool.address, self._bind_batch(batch).address)
+
+        return run
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         functions = self._covering(x, weight)

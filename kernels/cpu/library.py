@@ -76,6 +76,7 @@ _SIGNATURES = {  # pool first, as everywhere
     ),
     "decode": _ATTENTION,
     "chunks": _ATTENTION,
+    "decoder": (c_void_p,) * 7,
 }  # fmt: skip
 
 
@@ -94,6 +95,7 @@ class Functions:
     rope_kv_write: Call
     decode: Call
     chunks: Call
+    decoder: Call
 
 
 class Library:

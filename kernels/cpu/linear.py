@@ -24,21 +24,21 @@ class NativeLinear:
     ) -> None:
         """``call`` is one of the library's linear functions; ``keep`` are tensors that ``layer`` points to."""
         self._call, self._pool, self._layer = call, pool, layer
-        self._panels, self._keep, self._out_dtype = panels, keep, out_dtype
-        self._address = addressof(layer)
-        self._width, self._k = int(layer.n) // (2 if layer.gated else 1), int(layer.k)
+        self._panels, self._keep, self.out_dtype = panels, keep, out_dtype
+        self.address = addressof(layer)  # of the native structure
+        self._width, self.width_in = int(layer.n) // (2 if layer.gated else 1), int(layer.k)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [T, K]`` -> ``[T, N]``, or ``[T, N / 2]`` where gated."""
         rows, width = x.shape
-        if width != self._k:
-            raise ValueError(f"rows of {width} values, the weight takes {self._k}")
+        if width != self.width_in:
+            raise ValueError(f"rows of {width} values, the weight takes {self.width_in}")
         row, step = x.stride()
         if step != 1 or row % 2:
             x = x.contiguous()
             row = width
-        out = x.new_empty((rows, self._width), dtype=self._out_dtype)
-        self._call(self._pool, self._address, x.data_ptr(), row, rows, out.data_ptr())
+        out = x.new_empty((rows, self._width), dtype=self.out_dtype)
+        self._call(self._pool, self.address, x.data_ptr(), row, rows, out.data_ptr())
         return out
 
 
