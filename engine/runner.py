@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,15 +52,15 @@ _DTYPES = {
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Launched:
     """A step under way."""
 
     sequences: list[Sequence]  # those that sample
     logits: Tensor  # [sequences, vocab]
-    drawn: Tensor | None = None  # [2, sequences] int64 on the host: tokens, and whether their rows are finite
-    wait: Callable[[], None] | None = None  # until ``drawn`` is filled
-    rows: dict[Sequence, int] = field(default_factory=dict)  # of ``drawn``
+    drawn: Tensor | None  # [2, sequences] int64 on the host: tokens, and whether their rows are finite
+    rows: dict[Sequence, int]  # of ``drawn``
+    wait: Callable[[], None]  # until the step is over: KV is written, ``drawn`` filled, what it read is free again
 
 
 class Runner:
@@ -183,19 +183,20 @@ class Runner:
                 if item.sequence.params.prompt_logprobs is not None:
                     self._prompt_logprobs(item, hidden[batch.query_start[i] : batch.query_start[i + 1]])
             logits = self.model.logits(hidden[found["last_rows"]])
-        launched = Launched(sequences, logits)
+        drawn, rows = None, {}
         if self._device.asynchronous and sequences and all(drawable(s) for s in sequences):
-            self._draw(launched)
-        return launched
+            drawn = self._draw(logits, sequences)
+            rows = {sequence: row for row, sequence in enumerate(sequences)}
+        return Launched(sequences, logits, drawn, rows, self._device.mark())
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> list[Sampled | None]:
         """Waits for the step: a token for each of its ``sequences``, None where a row is not finite."""
-        if launched.drawn is None or launched.wait is None:
-            if not launched.sequences:
-                return []
+        launched.wait()  # also where nothing is sampled: others may read its blocks, and write what it read
+        if not launched.sequences:
+            return []
+        if launched.drawn is None:
             return sample(launched.logits, launched.sequences, self.kernels.argmax)
-        launched.wait()
         tokens, finite = launched.drawn.tolist()
         return [(token, None) if ok else None for token, ok in zip(tokens, finite, strict=True)]
 
@@ -226,18 +227,15 @@ class Runner:
             tokens = torch.where(sources >= 0, self._drawn[sources.clamp(min=0).long()], tokens)
         return self.model.forward(tokens, self.kv, batch)
 
-    def _draw(self, launched: Launched) -> None:
-        """Tokens on the device, and a copy of them under way to the host."""
-        logits, sequences = launched.logits, launched.sequences
+    def _draw(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+        """Tokens on the device, and a copy of them under way to the host: `Launched.drawn`."""
         if all(s.params.greedy for s in sequences):
             tokens = self.kernels.argmax(logits)
         else:
             tokens = self.kernels.sample(logits, SampleParams(*self._staging.upload_numbers(numbers(sequences))))
         self._drawn[: len(sequences)].copy_(tokens)
         finite = torch.isfinite(logits.amax(dim=-1)).long()
-        launched.drawn = self._staging.read_back(torch.stack((tokens, finite)))
-        launched.wait = self._device.mark()
-        launched.rows = {sequence: row for row, sequence in enumerate(sequences)}
+        return self._staging.read_back(torch.stack((tokens, finite)))
 
     def _prompt_logprobs(self, item: Scheduled, hidden: Tensor) -> None:
         """Row r predicts token r + 1, as far as that one belongs to the prompt."""

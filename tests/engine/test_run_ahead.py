@@ -19,17 +19,37 @@ from kernels import ReferenceKernels
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # tokens x heads x layers x K and V x head size x float32
 
 
+class Watched(CpuDevice):
+    """Knows which of the steps that were launched have been waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(asynchronous=True)
+        self.launched = self.waited = 0
+
+    def mark(self) -> Callable[[], None]:
+        assert self.waited >= self.launched - 1, "the step wrote what the one two before it may still read"
+        self.launched += 1
+        number = self.launched
+
+        def wait() -> None:
+            self.waited = max(self.waited, number)
+
+        return wait
+
+
 class Capturable(ReferenceKernels):
     capturable = True  # as far as a double of a graph goes, which runs the same calls again
 
 
-def make(path: Path, *, ahead: bool, blocks: int = 64, **options: object) -> Engine:
+def make(
+    path: Path, *, ahead: bool, blocks: int = 64, device: CpuDevice | None = None, **options: object
+) -> Engine:
     config = EngineConfig(
         str(path), dtype="float32", kernels="reference", threads=1, kv_cache_memory=blocks * BLOCK_BYTES,
         max_num_seqs=6, max_num_batched_tokens=32, **options,  # type: ignore[arg-type]
     )  # fmt: skip
     files = open_model(path)
-    runner = Runner(config, files, CpuDevice(asynchronous=ahead), Capturable() if ahead else None)
+    runner = Runner(config, files, device or CpuDevice(asynchronous=ahead), Capturable() if ahead else None)
     return Engine(config, files, runner)
 
 
@@ -115,6 +135,27 @@ def test_exports_leave_with_their_blocks(tiny: Callable[..., Path]) -> None:
         for i in range(3)
     ]
     assert drive(make(tiny(), ahead=True), work) == drive(make(tiny(), ahead=False), work)
+
+
+@pytest.mark.parametrize(
+    ("params", "export"),
+    [
+        (SamplingParams(temperature=0), True),  # two chunks that sample nothing, and one that does
+        (SamplingParams(temperature=0, max_tokens=3, logprobs=1), False),  # sampled on the host
+        (SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), False),
+    ],
+)
+def test_a_step_is_waited_for_before_anybody_hears_of_it(
+    tiny: Callable[..., Path], params: SamplingParams, export: bool
+) -> None:
+    device = Watched()
+    engine = make(tiny(), ahead=True, device=device)
+    engine.add(EngineRequest("a", list(range(80)), params, export=export))
+    while engine.has_work:
+        engine.step()
+        assert device.waited == engine.stats.steps
+    assert engine.stats.steps >= 3 and device.launched == device.waited
+    engine.release("a")
 
 
 def test_buckets_end_at_the_largest_batch() -> None:
