@@ -200,6 +200,11 @@ class Runner:
         tokens, finite = launched.drawn.tolist()
         return [(token, None) if ok else None for token, ok in zip(tokens, finite, strict=True)]
 
+    def wait(self) -> None:
+        """Until no step is under way. Raises where the device has failed for good."""
+        self._device.use()
+        self._device.mark()()
+
     @torch.inference_mode()
     def warm_up(self, num_rows: int) -> float:
         """Runs a chunk of ``num_rows`` and a decode step over blocks that nobody holds yet, so that the first

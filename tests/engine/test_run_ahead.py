@@ -37,6 +37,18 @@ class Watched(CpuDevice):
         return wait
 
 
+class Faulty(Watched):
+    """Refuses so many of the next steps, as a GPU does after a fault."""
+
+    faults = 0
+
+    def mark(self) -> Callable[[], None]:
+        if self.faults:
+            self.faults -= 1
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().mark()
+
+
 class Capturable(ReferenceKernels):
     capturable = True  # as far as a double of a graph goes, which runs the same calls again
 
@@ -156,6 +168,40 @@ def test_a_step_is_waited_for_before_anybody_hears_of_it(
         assert device.waited == engine.stats.steps
     assert engine.stats.steps >= 3 and device.launched == device.waited
     engine.release("a")
+
+
+def fault_beside_a_step_under_way(path: Path, faults: int) -> tuple[Engine, Faulty]:
+    """Of two requests one is an export that was given up while its step was under way."""
+    device = Faulty()
+    engine = make(path, ahead=True, device=device)
+    engine.add(EngineRequest("a", list(range(20)), SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)))
+    engine.add(EngineRequest("e", list(range(100, 200)), SamplingParams(temperature=0), export=True))
+    engine.step()
+    engine.abort("e")
+    device.faults = faults
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        engine.step()
+    assert device.waited < device.launched
+    return engine, device
+
+
+def test_blocks_of_a_failed_step_are_free_when_the_device_has_come_to_rest(tiny: Callable[..., Path]) -> None:
+    engine, device = fault_beside_a_step_under_way(tiny(), faults=1)
+    assert [name for name, _error in engine.step_apart().failed] == ["a"]
+    assert device.waited == device.launched
+    engine.release("e")
+    assert engine.pool.num_used == 0
+    engine.check_integrity()
+    work = requests(3, seed=1)
+    assert drive(engine, work) == drive(make(tiny(), ahead=False), work)
+
+
+def test_blocks_of_a_failed_step_stay_where_the_device_does_not_come_to_rest(tiny: Callable[..., Path]) -> None:
+    engine, _device = fault_beside_a_step_under_way(tiny(), faults=2)
+    used = engine.pool.num_used
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        engine.step_apart()
+    assert engine.pool.num_used == used > 0
 
 
 def test_buckets_end_at_the_largest_batch() -> None:
