@@ -140,9 +140,8 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         if device.asynchronous and self.kernels.capturable:
             self._graphs = DecodeGraphs(
-                device, lambda tokens, sources, batch: self.model.logits(self._forward(tokens, sources, batch)),
-                most=config.max_num_seqs, max_blocks=max_blocks, max_context=self.max_model_len,
-                scratch_block=self.num_blocks, block_tokens=config.block_tokens,
+                device, self._forward, most=config.max_num_seqs, max_blocks=max_blocks,
+                max_context=self.max_model_len, scratch_block=self.num_blocks, block_tokens=config.block_tokens,
             )  # fmt: skip
 
     @property
@@ -174,8 +173,10 @@ class Runner:
         batch = host_batch(ordered, self.layout.block_tokens, before.rows if before else None)
         sequences = [item.sequence for item in ordered if item.samples]
         wants_prompt = any(item.sequence.params.prompt_logprobs is not None for item in ordered)
-        if self._graphs is not None and self._graphs.covers(batch) and not wants_prompt:
-            logits = self._graphs.run(batch, self._staging.upload)
+        decodes = len(sequences) == len(batch.tokens) and not wants_prompt
+        if self._graphs is not None and decodes and self._graphs.covers(batch):
+            hidden = self._graphs.run(batch, self._staging.upload)
+            logits = self.model.logits(hidden)[: len(ordered)]
         else:
             found = self._staging.upload(batch)
             hidden = self._forward(found["tokens"], found["sources"], _on_device(found, batch))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from engine import EngineConfig, EngineOutput, EngineRequest, SamplingParams, open_model
 from engine.core import Engine
@@ -53,12 +54,10 @@ class Capturable(ReferenceKernels):
     capturable = True  # as far as a double of a graph goes, which runs the same calls again
 
 
-def make(
-    path: Path, *, ahead: bool, blocks: int = 64, device: CpuDevice | None = None, **options: object
-) -> Engine:
+def make(path: Path, *, ahead: bool, blocks: int = 64, rows: int = 32, device: CpuDevice | None = None) -> Engine:
     config = EngineConfig(
         str(path), dtype="float32", kernels="reference", threads=1, kv_cache_memory=blocks * BLOCK_BYTES,
-        max_num_seqs=6, max_num_batched_tokens=32, **options,  # type: ignore[arg-type]
+        max_num_seqs=6, max_num_batched_tokens=rows,
     )  # fmt: skip
     files = open_model(path)
     runner = Runner(config, files, device or CpuDevice(asynchronous=ahead), Capturable() if ahead else None)
@@ -110,6 +109,12 @@ def test_running_ahead_changes_no_answer(tiny: Callable[..., Path], blocks: int)
     work = requests(14, seed=blocks)
     assert drive(ahead, work) == drive(plain, work)
     assert (blocks == 64) or ahead.scheduler.num_preemptions > 0
+
+
+def test_a_chunk_of_one_row_beside_decodes_samples_nothing(tiny: Callable[..., Path]) -> None:
+    work = [EngineRequest(f"d{i}", [i], SamplingParams(temperature=0, max_tokens=20)) for i in range(5)]
+    work.append(EngineRequest("chunks", list(range(9)), SamplingParams(temperature=0, max_tokens=3)))
+    assert drive(make(tiny(), ahead=True, rows=6), work) == drive(make(tiny(), ahead=False, rows=6), work)
 
 
 def test_a_request_that_needs_its_own_tokens_to_sample_stops_nobody(tiny: Callable[..., Path]) -> None:
@@ -202,6 +207,22 @@ def test_blocks_of_a_failed_step_stay_where_the_device_does_not_come_to_rest(tin
     with pytest.raises(RuntimeError, match="CUDA error"):
         engine.step_apart()
     assert engine.pool.num_used == used > 0
+
+
+def test_graphs_keep_no_logits(tiny: Callable[..., Path]) -> None:
+    class Recording(CpuDevice):
+        def __init__(self) -> None:
+            super().__init__(asynchronous=True)
+            self.kept: list[Tensor] = []
+
+        def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+            replay, result = super().capture(run)
+            self.kept.append(result)
+            return replay, result
+
+    engine = make(tiny(), ahead=True, device=(device := Recording()))
+    hidden = engine.runner.model.config.hidden_size
+    assert [tuple(t.shape) for t in device.kept] == [(rows, hidden) for rows in reversed(buckets(6))]
 
 
 def test_buckets_end_at_the_largest_batch() -> None:
