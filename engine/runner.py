@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PAGE = 4096  # bytes
+_LOGITS_ROWS = 256  # of a prompt at a time: 8,192 rows of a large vocabulary are 4 GiB
 _DTYPES = {
     "auto": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -252,10 +253,13 @@ class Runner:
         del sequence.prompt_logprobs[start:]  # a preempted sequence comes here twice
         top = sequence.params.prompt_logprobs
         assert top is not None
-        logits = self.model.logits(hidden[:wanted])
-        sequence.prompt_logprobs += [
-            token_logprobs(logits[r], sequence.tokens[start + r + 1], top) for r in range(wanted)
-        ]
+        following = sequence.tokens[start + 1 : start + wanted + 1]
+        for i, rows in enumerate(torch.split(hidden[:wanted], _LOGITS_ROWS)):
+            tokens = following[i * _LOGITS_ROWS :][: len(rows)]
+            sequence.prompt_logprobs += [
+                token_logprobs(logits, token, top)
+                for logits, token in zip(self.model.logits(rows), tokens, strict=True)
+            ]
 
     def _pool(self, num_blocks: int) -> Tensor:
         layout = self.layout
@@ -292,7 +296,8 @@ class Runner:
         sequence = self._made_up(rows, [0] * self.layout.blocks_for(rows))
         found = self._staging.upload(batch := host_batch([Scheduled.of(sequence, rows)], self.layout.block_tokens))
         hidden = self._forward(found["tokens"], found["sources"], _on_device(found, batch))
-        logits = self.model.logits(hidden[: config.max_num_seqs])
+        logits = self.model.logits(hidden[: max(config.max_num_seqs, _LOGITS_ROWS)])  # of a prompt, or to sample
+        logits = logits[: config.max_num_seqs]
         drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
         sequence.params = drawn
         self.kernels.sample(
