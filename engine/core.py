@@ -202,12 +202,13 @@ class Engine:
         return StepResult(True, outputs, [], failed)
 
     def _fail_running(self) -> Failures:
+        """Raises what the device does if it computes no more."""
+        self.runner.wait()  # or steps under way would write to blocks that are given to others
+        self._flight = None
+        self.scheduler.settle_all()
         ids = [s.id for s in self.scheduler.running]
         for request_id in ids:
             self._remove(self._sequences[request_id])
-        for sequence in list(self.scheduler.leaving):
-            self.scheduler.let_go(sequence)
-        self._flight = None
         return [(request_id, EngineError("the engine could not compute this step")) for request_id in ids]
 
     def _may_run_ahead(self, flight: _Flight) -> bool:

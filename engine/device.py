@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 OLDEST = (8, 0)  # Ampere: bfloat16 in the matrix units
 OLDEST_FP8 = (8, 9)  # Ada
+_NO_GPU = ("Found no NVIDIA driver", "No CUDA GPUs are available")  # torch with CUDA on a machine without a GPU
 
 
 class Device(Protocol):
@@ -134,8 +135,8 @@ def choose_device(name: str, *, fp8: bool = False) -> Device:
         return CudaDevice(index)
     if name != "auto":
         raise ConfigError(f"--device {name}: {problem}; --device cpu works everywhere")
-    if gpus:
-        log.warning("computing on the CPU: %s", problem)
+    plain = torch.version.cuda is None or problem.startswith(_NO_GPU)
+    log.log(logging.INFO if plain else logging.WARNING, "computing on the CPU: %s", problem)
     return CpuDevice()
 
 
@@ -145,12 +146,13 @@ def find_gpus() -> tuple[str | None, list[Gpu]]:
         return f"torch {torch.__version__} was built without CUDA", []
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except (RuntimeError, AssertionError) as error:  # no driver, an old driver, no device
-        return " ".join(str(error).split()).split(" Please")[0].rstrip("."), []
-    return None, [
-        Gpu(i, torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
-        for i in range(torch.cuda.device_count())
-    ]
+        return None, [
+            Gpu(i, torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
+            for i in range(torch.cuda.device_count())
+        ]
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
+        # no driver, an old driver, no device, a device that does not answer
+        return str(error).strip().partition("\n")[0].split(" Please")[0].rstrip("."), []
 
 
 def _problem(gpus: Sequence[Gpu], index: int, fp8: bool) -> str | None:

@@ -24,7 +24,8 @@ def buckets(most: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """``forward(tokens, sources, batch)``: logits of one step of decodes."""
+    """``forward(tokens, sources, batch)``: hidden states of one step of decodes. Not logits: each graph keeps its
+    result, and those of a large vocabulary would fill GiBs."""
 
     def __init__(
         self,
@@ -71,13 +72,13 @@ class DecodeGraphs:
         return batch.max_query == 1 and len(batch.tokens) <= max(self._steps)
 
     def run(self, batch: HostBatch, upload: Callable[[HostBatch], dict[str, Tensor]]) -> Tensor:
-        """Logits of the rows, ``[T, vocab]``; the next step overwrites them."""
+        """``[bucket, hidden]``, the batch's T rows first; the next step overwrites them."""
         rows = min(n for n in self._steps if n >= len(batch.tokens))
-        inputs, replay, logits = self._steps[rows]
+        inputs, replay, hidden = self._steps[rows]
         found = upload(padded(batch, rows, self._scratch_block, self._block_tokens))
         for name in _FIELDS:
             inputs[name].copy_(found[name])
         tables = found["block_tables"]
         self._tables[:rows, : tables.shape[1]].copy_(tables)
         replay()
-        return logits[: len(batch.tokens)]
+        return hidden

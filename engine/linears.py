@@ -1,7 +1,7 @@
 """Linear layers of a model on disk, packed for one backend: plain, int8 or fp8.
 
 Knows weights by name and how they are rounded, no model. Invariant: the layers of one model are rounded alike,
-but for those that an fp8 checkpoint leaves out.
+but for those that an fp8 checkpoint leaves out; those are computed as they are stored.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from engine.weights import ModelFiles
 from kernels import Kernels, Linear
 from kernels.fp8 import pack_linear_fp8, quantize_channels
 from kernels.reference import GateUp
+from splitserve.errors import ConfigError
 
 QUANTIZATIONS = (None, "int8", "fp8")
 
@@ -37,8 +38,8 @@ class Linears:
 
     def linear(self, bias: bool, *names: str) -> Linear:
         """The layers ``names`` as one, in this order."""
-        if self._quantization == "fp8":
-            return pack_linear_fp8(*self._fp8(names), self._bias(bias, names), self._dtype)
+        if self._quantization == "fp8" and (rounded := self._fp8(names)) is not None:
+            return pack_linear_fp8(*rounded, self._bias(bias, names), self._dtype)
         pack = self._kernels.pack_linear_int8 if self._quantization == "int8" else self._kernels.pack_linear
         return pack(self._weight(names), self._bias(bias, names))
 
@@ -60,12 +61,17 @@ class Linears:
     def _bias(self, bias: bool, names: tuple[str, ...]) -> Tensor | None:
         return torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
 
-    def _fp8(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """``[N, K]`` float8 and its scales ``[N]``: those of the file, else rounded here."""
+    def _fp8(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
+        """``[N, K]`` float8 and its scales ``[N]``: those of the file, else rounded here. None for layers that an
+        fp8 checkpoint leaves out."""
+        stored = [self._files.fp8(f"{name}.weight") for name in names]
+        if self._files.config.quantization == "fp8" and None in stored:
+            if any(stored):
+                raise ConfigError(f"of {', '.join(names)} the checkpoint holds some in fp8 and some not")
+            return None
         weights, scales = [], []
-        for name in names:
-            stored = self._files.fp8(f"{name}.weight")
-            weight, scale = stored or quantize_channels(self.tensor(f"{name}.weight"))
+        for name, held in zip(names, stored, strict=True):
+            weight, scale = held or quantize_channels(self.tensor(f"{name}.weight"))
             weights.append(weight.to(self._device).view(torch.uint8))
             scales.append(scale.to(self._device))
         return torch.cat(weights).view(torch.float8_e4m3fn), torch.cat(scales)

@@ -9,6 +9,7 @@ from splitserve.errors import ConfigError
 from splitserve.layout import KVLayout
 
 HOST_SHARE = 0.2  # of the free host memory, when no size is given
+# Assumed, not measured: what the driver says is in use counts the other processes on the GPU too.
 OUTSIDE_BYTES = 640 << 20  # of a GPU process outside torch's tensors: CUDA context, libraries, captured graphs
 
 

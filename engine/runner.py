@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PAGE = 4096  # bytes
+_LOGITS_ROWS = 256  # of a prompt at a time: 8,192 rows of a large vocabulary are 4 GiB
 _DTYPES = {
     "auto": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -52,15 +53,15 @@ _DTYPES = {
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Launched:
     """A step under way."""
 
     sequences: list[Sequence]  # those that sample
     logits: Tensor  # [sequences, vocab]
-    drawn: Tensor | None = None  # [2, sequences] int64 on the host: tokens, and whether their rows are finite
-    wait: Callable[[], None] | None = None  # until ``drawn`` is filled
-    rows: dict[Sequence, int] = field(default_factory=dict)  # of ``drawn``
+    drawn: Tensor | None  # [2, sequences] int64 on the host: tokens, and whether their rows are finite
+    rows: dict[Sequence, int]  # of ``drawn``
+    wait: Callable[[], None]  # until the step is over: KV is written, ``drawn`` filled, what it read is free again
 
 
 class Runner:
@@ -140,9 +141,8 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         if device.asynchronous and self.kernels.capturable:
             self._graphs = DecodeGraphs(
-                device, lambda tokens, sources, batch: self.model.logits(self._forward(tokens, sources, batch)),
-                most=config.max_num_seqs, max_blocks=max_blocks, max_context=self.max_model_len,
-                scratch_block=self.num_blocks, block_tokens=config.block_tokens,
+                device, self._forward, most=config.max_num_seqs, max_blocks=max_blocks,
+                max_context=self.max_model_len, scratch_block=self.num_blocks, block_tokens=config.block_tokens,
             )  # fmt: skip
 
     @property
@@ -174,8 +174,10 @@ class Runner:
         batch = host_batch(ordered, self.layout.block_tokens, before.rows if before else None)
         sequences = [item.sequence for item in ordered if item.samples]
         wants_prompt = any(item.sequence.params.prompt_logprobs is not None for item in ordered)
-        if self._graphs is not None and self._graphs.covers(batch) and not wants_prompt:
-            logits = self._graphs.run(batch, self._staging.upload)
+        decodes = len(sequences) == len(batch.tokens) and not wants_prompt
+        if self._graphs is not None and decodes and self._graphs.covers(batch):
+            hidden = self._graphs.run(batch, self._staging.upload)
+            logits = self.model.logits(hidden)[: len(ordered)]
         else:
             found = self._staging.upload(batch)
             hidden = self._forward(found["tokens"], found["sources"], _on_device(found, batch))
@@ -183,21 +185,27 @@ class Runner:
                 if item.sequence.params.prompt_logprobs is not None:
                     self._prompt_logprobs(item, hidden[batch.query_start[i] : batch.query_start[i + 1]])
             logits = self.model.logits(hidden[found["last_rows"]])
-        launched = Launched(sequences, logits)
+        drawn, rows = None, {}
         if self._device.asynchronous and sequences and all(drawable(s) for s in sequences):
-            self._draw(launched)
-        return launched
+            drawn = self._draw(logits, sequences)
+            rows = {sequence: row for row, sequence in enumerate(sequences)}
+        return Launched(sequences, logits, drawn, rows, self._device.mark())
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> list[Sampled | None]:
         """Waits for the step: a token for each of its ``sequences``, None where a row is not finite."""
-        if launched.drawn is None or launched.wait is None:
-            if not launched.sequences:
-                return []
+        launched.wait()  # also where nothing is sampled: others may read its blocks, and write what it read
+        if not launched.sequences:
+            return []
+        if launched.drawn is None:
             return sample(launched.logits, launched.sequences, self.kernels.argmax)
-        launched.wait()
         tokens, finite = launched.drawn.tolist()
         return [(token, None) if ok else None for token, ok in zip(tokens, finite, strict=True)]
+
+    def wait(self) -> None:
+        """Until no step is under way. Raises where the device has failed for good."""
+        self._device.use()
+        self._device.mark()()
 
     @torch.inference_mode()
     def warm_up(self, num_rows: int) -> float:
@@ -226,18 +234,15 @@ class Runner:
             tokens = torch.where(sources >= 0, self._drawn[sources.clamp(min=0).long()], tokens)
         return self.model.forward(tokens, self.kv, batch)
 
-    def _draw(self, launched: Launched) -> None:
-        """Tokens on the device, and a copy of them under way to the host."""
-        logits, sequences = launched.logits, launched.sequences
+    def _draw(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+        """Tokens on the device, and a copy of them under way to the host: `Launched.drawn`."""
         if all(s.params.greedy for s in sequences):
             tokens = self.kernels.argmax(logits)
         else:
             tokens = self.kernels.sample(logits, SampleParams(*self._staging.upload_numbers(numbers(sequences))))
         self._drawn[: len(sequences)].copy_(tokens)
         finite = torch.isfinite(logits.amax(dim=-1)).long()
-        launched.drawn = self._staging.read_back(torch.stack((tokens, finite)))
-        launched.wait = self._device.mark()
-        launched.rows = {sequence: row for row, sequence in enumerate(sequences)}
+        return self._staging.read_back(torch.stack((tokens, finite)))
 
     def _prompt_logprobs(self, item: Scheduled, hidden: Tensor) -> None:
         """Row r predicts token r + 1, as far as that one belongs to the prompt."""
@@ -248,10 +253,13 @@ class Runner:
         del sequence.prompt_logprobs[start:]  # a preempted sequence comes here twice
         top = sequence.params.prompt_logprobs
         assert top is not None
-        logits = self.model.logits(hidden[:wanted])
-        sequence.prompt_logprobs += [
-            token_logprobs(logits[r], sequence.tokens[start + r + 1], top) for r in range(wanted)
-        ]
+        following = sequence.tokens[start + 1 : start + wanted + 1]
+        for i, rows in enumerate(torch.split(hidden[:wanted], _LOGITS_ROWS)):
+            tokens = following[i * _LOGITS_ROWS :][: len(rows)]
+            sequence.prompt_logprobs += [
+                token_logprobs(logits, token, top)
+                for logits, token in zip(self.model.logits(rows), tokens, strict=True)
+            ]
 
     def _pool(self, num_blocks: int) -> Tensor:
         layout = self.layout
@@ -288,7 +296,8 @@ class Runner:
         sequence = self._made_up(rows, [0] * self.layout.blocks_for(rows))
         found = self._staging.upload(batch := host_batch([Scheduled.of(sequence, rows)], self.layout.block_tokens))
         hidden = self._forward(found["tokens"], found["sources"], _on_device(found, batch))
-        logits = self.model.logits(hidden[: config.max_num_seqs])
+        logits = self.model.logits(hidden[: max(config.max_num_seqs, _LOGITS_ROWS)])  # of a prompt, or to sample
+        logits = logits[: config.max_num_seqs]
         drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
         sequence.params = drawn
         self.kernels.sample(

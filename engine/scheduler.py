@@ -129,11 +129,13 @@ class Scheduler:
             self.leaving.remove(sequence)
             self._drop_blocks(sequence)
 
-    def let_go(self, sequence: Sequence) -> None:
-        """The steps under way that write to the blocks of a finished sequence have failed."""
-        sequence.in_flight = 0
-        self.leaving.remove(sequence)
-        self._drop_blocks(sequence)
+    def settle_all(self) -> None:
+        """No step is under way any more, and what the last ones did doesn't count."""
+        for sequence in (*self.running, *self.held, *self.leaving):
+            sequence.pending = sequence.in_flight = 0
+        leaving, self.leaving = self.leaving, set()
+        for sequence in leaving:
+            self._drop_blocks(sequence)
 
     def advance(self, sequence: Sequence, num_computed: int) -> None:
         """So many tokens are computed: names the blocks that they fill."""

@@ -89,7 +89,12 @@ class SafetensorsDirectory:
         handle = self._where.get(name)
         if handle is None:
             return None
+        if (stored := self.fp8(name)) is not None:
+            weight, scales = stored
+            return (weight.float() * scales.unsqueeze(1)).to(dtype)
         tensor: Tensor = handle.get_tensor(name)
+        if tensor.dtype.itemsize == 1:
+            raise ConfigError(f"{self._path}: {name} is {tensor.dtype} without a scale")
         return tensor.to(dtype)
 
     def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:

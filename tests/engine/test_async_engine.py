@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, EngineRequest, open_model
+from engine.device import CpuDevice
+from engine.runner import Runner
 from splitserve.errors import DeadlineExceeded, EngineError, InvalidRequest, Overloaded, Unavailable
 from splitserve.sampling import SamplingParams
 
@@ -228,4 +230,28 @@ async def test_a_failure_of_the_thread_is_told_to_everybody(tiny: Callable[..., 
                 broken.load()
         await outputs.aclose()
         with pytest.raises(EngineError, match="has failed"):
+            await broken.close()
+
+
+async def test_a_device_that_fails_for_good_takes_the_engine_with_it(tiny: Callable[..., Path]) -> None:
+    class Lost(CpuDevice):
+        steps = 3
+
+        def mark(self) -> Callable[[], None]:
+            self.steps -= 1
+            if self.steps < 0:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return super().mark()
+
+    files = open_model(tiny())
+    config = EngineConfig(str(tiny()), dtype="float32", kv_cache_memory=POOL, threads=1)
+    broken = AsyncEngine(Engine(config, files, Runner(config, files, Lost(asynchronous=True))))
+    await broken.start()
+    async with asyncio.timeout(30):
+        for name in "ab":  # the second one comes when the engine has failed
+            with pytest.raises(Unavailable, match="the engine has failed"):
+                await answer(broken, request(name, [1, 2]))
+        with pytest.raises(EngineError):  # so the worker ends
+            broken.load()
+        with pytest.raises(EngineError):
             await broken.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 import torch
 
@@ -28,6 +31,51 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu() -> None:
 def test_a_torch_without_cuda_is_named() -> None:
     with pytest.raises(ConfigError, match="built without CUDA; --device cpu works everywhere"):
         choose_device("cuda")
+
+
+def cuda_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """As if torch had been built with CUDA, on a machine where it can't be used."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", fail)
+
+
+FAULTS = [
+    (RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update"), "11040)"),
+    (RuntimeError("CUDA error: unknown error\nCompile with `TORCH_USE_CUDA_DSA`"), "CUDA error: unknown error"),
+    (torch.cuda.DeferredCudaCallError("CUDA call failed lazily\n\nat:\n\nline"), "CUDA call failed lazily"),
+]
+ABSENCES = [
+    (RuntimeError("Found no NVIDIA driver on your system. Please check that"), "no NVIDIA driver on your system"),
+    (RuntimeError("No CUDA GPUs are available"), "No CUDA GPUs are available"),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), FAULTS + ABSENCES)
+def test_a_gpu_that_can_not_be_reached_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    cuda_that_fails(monkeypatch, error)
+    with pytest.raises(ConfigError, match=f"{re.escape(said)}; --device cpu works everywhere$") as caught:
+        choose_device("cuda")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "level"),
+    [(*fault, logging.WARNING) for fault in FAULTS] + [(*absence, logging.INFO) for absence in ABSENCES],
+)
+def test_auto_warns_of_a_fault_and_not_of_a_machine_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, said: str, level: int
+) -> None:
+    cuda_that_fails(monkeypatch, error)
+    with caplog.at_level(logging.INFO, "engine.device"):
+        assert isinstance(choose_device("auto"), CpuDevice)
+    [record] = caplog.records
+    assert record.levelno == level and record.getMessage().endswith(said)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", ""])

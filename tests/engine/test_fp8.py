@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, open_model
 from kernels.fp8 import quantize_channels
 from splitserve.errors import ConfigError
 
@@ -75,6 +75,58 @@ def test_a_scale_for_the_whole_weight_counts_for_each_output(checkpoint: Path) -
         tensors[name] = torch.full((1,), 0.01)
     save_file(tensors, checkpoint / "model.safetensors")
     assert all(tokens(LLM(str(checkpoint), **OPTIONS)))
+
+
+def change(path: Path, function: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    function(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def unrounded(tensors: dict[str, torch.Tensor], *names: str) -> None:
+    """Leaves layers out of the rounding."""
+    for name in [n for n in tensors if n.endswith(names)]:
+        tensors[name] = tensors[name].float() * tensors.pop(f"{name}_scale")
+
+
+def test_layers_that_a_checkpoint_leaves_out_are_not_rounded(checkpoint: Path) -> None:
+    change(checkpoint, lambda tensors: unrounded(tensors, "_proj.weight"))
+    left_out = LLM(str(checkpoint), **OPTIONS)
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    plain = LLM(str(checkpoint), **OPTIONS)
+    hidden = torch.randn(3, plain.engine.runner.model.config.hidden_size)
+    for one, other in zip(left_out.engine.runner.model._layers, plain.engine.runner.model._layers, strict=True):
+        assert torch.equal(one.qkv(hidden), other.qkv(hidden))
+        assert torch.equal(one.gate_up(hidden), other.gate_up(hidden))
+    assert tokens(left_out) == tokens(plain)
+
+
+def test_layers_that_are_computed_as_one_are_rounded_alike(checkpoint: Path) -> None:
+    change(checkpoint, lambda tensors: unrounded(tensors, "0.self_attn.k_proj.weight"))
+    with pytest.raises(ConfigError, match=r"k_proj, .*v_proj the checkpoint holds some in fp8 and some not"):
+        LLM(str(checkpoint), **OPTIONS)
+
+
+def test_an_embedding_in_fp8_is_read_with_its_scale(checkpoint: Path) -> None:
+    name = "model.embed_tokens.weight"
+
+    def round_it(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name], scales = quantize_channels(tensors[name])
+        tensors[f"{name}_scale"] = scales.unsqueeze(1)
+
+    before = open_model(checkpoint).tensor(name, torch.float32)
+    change(checkpoint, round_it)
+    after = open_model(checkpoint).tensor(name, torch.float32)
+    assert torch.allclose(after, before, rtol=2**-4, atol=1e-3)
+    assert all(tokens(LLM(str(checkpoint), **OPTIONS)))
+
+
+def test_an_fp8_weight_without_a_scale_is_refused(checkpoint: Path) -> None:
+    change(checkpoint, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight_scale"))
+    with pytest.raises(ConfigError, match=r"weight is torch.float8_e4m3fn without a scale"):
+        LLM(str(checkpoint), **OPTIONS)
 
 
 def test_an_fp8_checkpoint_is_not_rounded_again(checkpoint: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 
 from engine import EngineConfig, open_model
 from engine.core import Engine
+from engine.runner import Launched
+from engine.scheduler import Scheduled
 from tests.engine.test_run_ahead import BLOCK_BYTES, drive, requests
 
 pytestmark = [
@@ -31,6 +33,23 @@ def make(path: Path, device: str, kernels: str = "auto") -> Engine:
 def test_answers_are_those_of_the_cpu(tiny: Callable[..., Path], kernels: str) -> None:
     work = requests(14, seed=2)
     assert drive(make(tiny(), "cuda", kernels), list(work)) == drive(make(tiny(), "cpu"), list(work))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_launching_a_step_waits_for_nothing(tiny: Callable[..., Path]) -> None:
+    engine = make(tiny(), "cuda")
+    drive(engine, requests(14, seed=4))  # all kernels are compiled then
+    launch = engine.runner.launch
+
+    def strict(scheduled: Sequence[Scheduled], before: Launched | None = None) -> Launched:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(scheduled, before)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.runner.launch = strict  # type: ignore[method-assign]
+    drive(engine, requests(14, seed=4))
 
 
 def test_the_pool_is_sized_from_what_is_left(tiny: Callable[..., Path]) -> None:

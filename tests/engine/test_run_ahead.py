@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from engine import EngineConfig, EngineOutput, EngineRequest, SamplingParams, open_model
 from engine.core import Engine
@@ -19,17 +20,47 @@ from kernels import ReferenceKernels
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # tokens x heads x layers x K and V x head size x float32
 
 
+class Watched(CpuDevice):
+    """Knows which of the steps that were launched have been waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(asynchronous=True)
+        self.launched = self.waited = 0
+
+    def mark(self) -> Callable[[], None]:
+        assert self.waited >= self.launched - 1, "the step wrote what the one two before it may still read"
+        self.launched += 1
+        number = self.launched
+
+        def wait() -> None:
+            self.waited = max(self.waited, number)
+
+        return wait
+
+
+class Faulty(Watched):
+    """Refuses so many of the next steps, as a GPU does after a fault."""
+
+    faults = 0
+
+    def mark(self) -> Callable[[], None]:
+        if self.faults:
+            self.faults -= 1
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().mark()
+
+
 class Capturable(ReferenceKernels):
     capturable = True  # as far as a double of a graph goes, which runs the same calls again
 
 
-def make(path: Path, *, ahead: bool, blocks: int = 64, **options: object) -> Engine:
+def make(path: Path, *, ahead: bool, blocks: int = 64, rows: int = 32, device: CpuDevice | None = None) -> Engine:
     config = EngineConfig(
         str(path), dtype="float32", kernels="reference", threads=1, kv_cache_memory=blocks * BLOCK_BYTES,
-        max_num_seqs=6, max_num_batched_tokens=32, **options,  # type: ignore[arg-type]
+        max_num_seqs=6, max_num_batched_tokens=rows,
     )  # fmt: skip
     files = open_model(path)
-    runner = Runner(config, files, CpuDevice(asynchronous=ahead), Capturable() if ahead else None)
+    runner = Runner(config, files, device or CpuDevice(asynchronous=ahead), Capturable() if ahead else None)
     return Engine(config, files, runner)
 
 
@@ -80,6 +111,12 @@ def test_running_ahead_changes_no_answer(tiny: Callable[..., Path], blocks: int)
     assert (blocks == 64) or ahead.scheduler.num_preemptions > 0
 
 
+def test_a_chunk_of_one_row_beside_decodes_samples_nothing(tiny: Callable[..., Path]) -> None:
+    work = [EngineRequest(f"d{i}", [i], SamplingParams(temperature=0, max_tokens=20)) for i in range(5)]
+    work.append(EngineRequest("chunks", list(range(9)), SamplingParams(temperature=0, max_tokens=3)))
+    assert drive(make(tiny(), ahead=True, rows=6), work) == drive(make(tiny(), ahead=False, rows=6), work)
+
+
 def test_a_request_that_needs_its_own_tokens_to_sample_stops_nobody(tiny: Callable[..., Path]) -> None:
     work = [
         *requests(5, seed=3),
@@ -115,6 +152,77 @@ def test_exports_leave_with_their_blocks(tiny: Callable[..., Path]) -> None:
         for i in range(3)
     ]
     assert drive(make(tiny(), ahead=True), work) == drive(make(tiny(), ahead=False), work)
+
+
+@pytest.mark.parametrize(
+    ("params", "export"),
+    [
+        (SamplingParams(temperature=0), True),  # two chunks that sample nothing, and one that does
+        (SamplingParams(temperature=0, max_tokens=3, logprobs=1), False),  # sampled on the host
+        (SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), False),
+    ],
+)
+def test_a_step_is_waited_for_before_anybody_hears_of_it(
+    tiny: Callable[..., Path], params: SamplingParams, export: bool
+) -> None:
+    device = Watched()
+    engine = make(tiny(), ahead=True, device=device)
+    engine.add(EngineRequest("a", list(range(80)), params, export=export))
+    while engine.has_work:
+        engine.step()
+        assert device.waited == engine.stats.steps
+    assert engine.stats.steps >= 3 and device.launched == device.waited
+    engine.release("a")
+
+
+def fault_beside_a_step_under_way(path: Path, faults: int) -> tuple[Engine, Faulty]:
+    """Of two requests one is an export that was given up while its step was under way."""
+    device = Faulty()
+    engine = make(path, ahead=True, device=device)
+    engine.add(EngineRequest("a", list(range(20)), SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)))
+    engine.add(EngineRequest("e", list(range(100, 200)), SamplingParams(temperature=0), export=True))
+    engine.step()
+    engine.abort("e")
+    device.faults = faults
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        engine.step()
+    assert device.waited < device.launched
+    return engine, device
+
+
+def test_blocks_of_a_failed_step_are_free_when_the_device_has_come_to_rest(tiny: Callable[..., Path]) -> None:
+    engine, device = fault_beside_a_step_under_way(tiny(), faults=1)
+    assert [name for name, _error in engine.step_apart().failed] == ["a"]
+    assert device.waited == device.launched
+    engine.release("e")
+    assert engine.pool.num_used == 0
+    engine.check_integrity()
+    work = requests(3, seed=1)
+    assert drive(engine, work) == drive(make(tiny(), ahead=False), work)
+
+
+def test_blocks_of_a_failed_step_stay_where_the_device_does_not_come_to_rest(tiny: Callable[..., Path]) -> None:
+    engine, _device = fault_beside_a_step_under_way(tiny(), faults=2)
+    used = engine.pool.num_used
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        engine.step_apart()
+    assert engine.pool.num_used == used > 0
+
+
+def test_graphs_keep_no_logits(tiny: Callable[..., Path]) -> None:
+    class Recording(CpuDevice):
+        def __init__(self) -> None:
+            super().__init__(asynchronous=True)
+            self.kept: list[Tensor] = []
+
+        def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+            replay, result = super().capture(run)
+            self.kept.append(result)
+            return replay, result
+
+    engine = make(tiny(), ahead=True, device=(device := Recording()))
+    hidden = engine.runner.model.config.hidden_size
+    assert [tuple(t.shape) for t in device.kept] == [(rows, hidden) for rows in reversed(buckets(6))]
 
 
 def test_buckets_end_at_the_largest_batch() -> None:
