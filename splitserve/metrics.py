@@ -7,6 +7,7 @@ Invariant: every label value comes from a bounded set (models, roles, reasons), 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
@@ -139,11 +140,11 @@ class EngineMetrics:
     def observe_queue_time(self, seconds: float) -> None:
         self._queue_time.observe(seconds)
 
-    def set_load(self, running: int, waiting: int, kv_usage: float) -> None:
-        """``kv_usage``: 0 to 1."""
-        self._running.set(running)
-        self._waiting.set(waiting)
-        self._usage.set(kv_usage)
+    def follow_load(self, read: Callable[[], tuple[int, int, float]]) -> None:
+        """``read`` is asked whenever somebody looks: requests that run and that wait, KV usage from 0 to 1."""
+        self._running.set_function(lambda: read()[0])
+        self._waiting.set_function(lambda: read()[1])
+        self._usage.set_function(lambda: read()[2])
 
     def add_prefix_lookup(self, queried_tokens: int, hit_tokens: int) -> None:
         self._queries.inc(queried_tokens)

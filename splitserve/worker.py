@@ -284,14 +284,20 @@ async def _watch_until(
     agent: WorkerAgent,
     looks: Sequence[Callable[[], Awaitable[None]]],
 ) -> None:
-    """Takes each of the ``looks`` twice a second and copies the engine's numbers into the metrics, until it is
-    time to stop or the agent has ended. Raises EngineError when the engine has failed."""
+    """Takes each of the ``looks`` twice a second and copies the engine's counts into the metrics, until it is time
+    to stop or the agent has ended. Raises EngineError when the engine has failed."""
+
+    def load() -> tuple[int, int, float]:
+        now = engine.load()
+        return now.num_running, now.num_waiting, now.used_blocks / engine.num_blocks
+
+    metrics.follow_load(load)
     prompt = cached = preemptions = 0
     while not stopping.is_set() and not agent.ended:
         for look in looks:
             await look()
-        load, stats = engine.load(), engine.stats
-        metrics.set_load(load.num_running, load.num_waiting, load.used_blocks / engine.num_blocks)
+        engine.load()  # raises if its thread has failed
+        stats = engine.stats
         metrics.add_prefix_lookup(stats.prompt_tokens - prompt, stats.cached_tokens - cached)
         metrics.add_preemptions(stats.preemptions - preemptions)
         prompt, cached, preemptions = stats.prompt_tokens, stats.cached_tokens, stats.preemptions

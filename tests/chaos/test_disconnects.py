@@ -32,7 +32,7 @@ async def test_clients_that_leave_free_their_blocks_within_a_second(
     await asyncio.sleep(patience)
     for call in calls:
         call.cancel()
-    await cluster.idle(2.0)  # gauges are refreshed twice a second
+    await cluster.idle(1.0)
     assert all(call.cancelled() for call in calls)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 
 import grpc.aio
 import pytest
@@ -23,10 +24,26 @@ async def test_a_prefill_worker_killed_in_the_middle_of_a_transfer_costs_nobody_
     cluster: ChaosCluster, channel: grpc.aio.Channel, oracle: Oracle
 ) -> None:
     cluster.arm("prefill-0", "prefill", 8, "kill")
+    before = await cluster.retries()
+    noticing = asyncio.create_task(seconds_until_noticed(cluster, "prefill-0", before))
     result = await oracle.run(channel)
     result.assert_all_right()
     assert await cluster.ended("prefill-0") == KILLED
-    assert await cluster.retries() > 0
+    assert await cluster.retries() > before
+    noticed = await noticing
+    print(f"a killed prefill worker's work was begun elsewhere after {noticed:.2f} s")
+    assert noticed < 1
+
+
+async def seconds_until_noticed(cluster: ChaosCluster, name: str, retries: float) -> float:
+    """From the death of a worker to the first retry of what it did."""
+    async with asyncio.timeout(60):
+        while name not in cluster.dead():
+            await asyncio.sleep(0.005)
+        began = time.monotonic()
+        while await cluster.retries() == retries:
+            await asyncio.sleep(0.005)
+    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("index", [1, 50, 99], ids=["token 1", "middle", "last"])

@@ -71,7 +71,7 @@ def test_what_an_engine_does() -> None:
     registry = new_registry()
     metrics = EngineMetrics(registry, "m", "prefill")
     metrics.observe_queue_time(0.3)
-    metrics.set_load(running=3, waiting=2, kv_usage=0.25)
+    metrics.follow_load(lambda: (3, 2, 0.25))
     metrics.add_prefix_lookup(queried_tokens=100, hit_tokens=64)
     metrics.add_preemptions()
 

@@ -12,7 +12,7 @@ from splitserve.metrics_server import MetricsServer
 
 async def test_it_serves_the_metrics() -> None:
     registry = new_registry()
-    EngineMetrics(registry, "m", "decode").set_load(3, 0, 0.5)
+    EngineMetrics(registry, "m", "decode").follow_load(lambda: (3, 0, 0.5))
     async with MetricsServer(registry, list) as server, httpx.AsyncClient(base_url=server.url) as client:
         answer = await client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
