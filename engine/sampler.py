@@ -51,7 +51,8 @@ def sample(
         plain = set(greedy_rows)
         rows = [i for i in range(len(sequences)) if i not in plain and finite[i]]
         if rows:
-            drawn = _draw(_adjust(raw[rows], [sequences[i] for i in rows]), [sequences[i] for i in rows])
+            picked = [sequences[i] for i in rows]
+            drawn = _draw(_adjust(raw[rows], picked), picked, argmax)
             for i, token in zip(rows, drawn, strict=True):
                 chosen[i] = token
     return [
@@ -101,8 +102,14 @@ def _adjusted(sequence: Sequence) -> bool:
         or p.presence_penalty
         or p.frequency_penalty
         or p.repetition_penalty != 1.0
-        or sequence.num_generated + sequence.pending < p.min_tokens
+        or (sequence.num_generated + sequence.pending < p.min_tokens and _ends(sequence))
     )
+
+
+def _ends(sequence: Sequence) -> list[int]:
+    """Tokens that would end the answer."""
+    p = sequence.params
+    return [*p.stop_token_ids, *(() if p.ignore_eos else sequence.eos_ids)]
 
 
 def _adjust(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
@@ -120,21 +127,18 @@ def _adjust(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
         for token, bias in p.logit_bias.items():
             row[token] += bias
         if sequence.num_generated < p.min_tokens:
-            ends = [*p.stop_token_ids, *(() if p.ignore_eos else sequence.eos_ids)]
-            row[[t for t in ends if t < row.shape[0]]] = float("-inf")
+            row[[t for t in _ends(sequence) if t < row.shape[0]]] = float("-inf")
     return logits
 
 
-def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
+def _draw(logits: Tensor, sequences: SequenceOf[Sequence], argmax: Callable[[Tensor], Tensor]) -> list[int]:
     """Greedy rows take the largest; the others are scaled, filtered (top-k, top-p, min-p) and drawn."""
-    temperatures = [1.0 if s.params.greedy else s.params.temperature for s in sequences]
-    logits = logits / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
     rows = [i for i, s in enumerate(sequences) if not s.params.greedy]
+    tokens: list[int] = argmax(logits).tolist() if len(rows) < len(sequences) else [0] * len(rows)
     if not rows:
         return tokens
     params = [sequences[i].params for i in rows]
-    logits = logits[rows]
+    logits = logits[rows] / torch.tensor([p.temperature for p in params], device=logits.device).unsqueeze(1)
     floor = torch.stack([_floor(row, p.top_k, p.top_p, p.min_p) for row, p in zip(logits, params, strict=True)])
     weights = torch.softmax(logits.masked_fill(logits < floor.unsqueeze(1), float("-inf")), dim=-1)
     cumulative = weights.double().cumsum(dim=-1)

@@ -126,3 +126,18 @@ def test_batch_mates_change_nothing(logits: torch.Tensor) -> None:
     crowd = [sequence(SamplingParams(seed=s)) for s in range(6)]
     together = sample(logits.repeat(7, 1), [*crowd[:3], sequence(params), *crowd[3:]])[3]
     assert together is not None and together[0] == one(logits, params)
+
+
+@pytest.mark.parametrize(
+    "params, held_back",
+    [
+        (SamplingParams(min_tokens=3), True),
+        (SamplingParams(min_tokens=3, ignore_eos=True), False),
+        (SamplingParams(min_tokens=3, ignore_eos=True, stop_token_ids=(7,)), True),
+        (SamplingParams(min_tokens=0), False),
+    ],
+)
+def test_min_tokens_changes_logits_only_where_a_token_could_end_the_answer(
+    params: SamplingParams, held_back: bool
+) -> None:
+    assert sampler.drawable(sequence(params)) is not held_back
