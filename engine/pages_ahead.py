@@ -16,7 +16,7 @@ import threading
 log = logging.getLogger(__name__)
 
 AHEAD = 512 << 20  # bytes behind the highest block that was handed out
-_PIECE = 1 << 20  # bytes made resident by one call of the system
+_PIECE = 2 << 20  # bytes made resident by one call of the system: one huge page
 _NICE = 19
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 

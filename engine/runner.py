@@ -14,7 +14,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from engine.staging import Staging
 from engine.weights import ModelFiles
 from kernels import AttentionBatch, AttentionShape, Kernels, SampleParams, load_kernels, pool_shape
 from kernels.cpu.build import BuildError
+from kernels.memory import zeros
 from splitserve.errors import ConfigError
 from splitserve.layout import KVLayout
 from splitserve.sampling import SamplingParams
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PAGE = 4096  # bytes
 _LOGITS_ROWS = 256  # of a prompt at a time: 8,192 rows of a large vocabulary are 4 GiB
 _DTYPES = {
     "auto": torch.bfloat16,
@@ -268,11 +267,8 @@ class Runner:
         )
         if self._device.torch.type != "cpu":  # what a block never held is finite
             return torch.zeros(shape, dtype=self._kv_dtype, device=self._device.torch)
-        # zero pages: memory is taken when a block is first used
-        size = num_blocks * layout.block_bytes
-        pool = np.zeros(size + _PAGE, dtype=np.uint8)
-        begin = -pool.ctypes.data % _PAGE  # rows of K and V must not straddle cache lines
-        return torch.from_numpy(pool[begin : begin + size]).view(self._kv_dtype).view(shape)
+        # rows of K and V must not straddle cache lines
+        return zeros(num_blocks * layout.block_bytes).view(self._kv_dtype).view(shape)
 
     def _count_blocks(self, config: EngineConfig) -> int:
         device = self._device

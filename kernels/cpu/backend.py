@@ -28,6 +28,7 @@ from kernels.interface import (
     SampleParams,
     SpareCores,
 )  # fmt: skip
+from kernels.memory import Arena
 from kernels.reference import GateUp, ReferenceKernels
 
 MAX_HEAD_DIM = 256
@@ -67,6 +68,7 @@ class CpuKernels:
         self._pool: int | None = self._create_pool(spare)
         self._close = weakref.finalize(self, self._library.pool_destroy, self._pool)
         self._functions = {torch.float32: self._library.float32, torch.bfloat16: self._library.bfloat16}
+        self._memory = Arena()  # for weights
         self._reference = ReferenceKernels()
         # A step calls every layer with the same batch and pool: what C needs of them is laid out once.
         self._batch: _BoundBatch | None = None
@@ -93,7 +95,7 @@ class CpuKernels:
         functions = self._packing(weight, 2)
         if functions is None or out_dtype not in (None, weight.dtype, torch.float32):
             return self._reference.pack_linear(weight, bias, out_dtype)
-        return linear.pack(functions, self._pool, weight, bias, out_dtype)
+        return linear.pack(functions, self._pool, self._memory, weight, bias, out_dtype)
 
     def pack_linear_int8(
         self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
@@ -101,7 +103,7 @@ class CpuKernels:
         functions = self._packing(weight, 4)
         if functions is None or out_dtype not in (None, weight.dtype, torch.float32):
             return self._reference.pack_linear_int8(weight, bias, out_dtype)
-        return linear.pack_int8(self._library, functions, self._pool, weight, bias, out_dtype)
+        return linear.pack_int8(self._library, functions, self._pool, self._memory, weight, bias, out_dtype)
 
     def pack_gate_up(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
         functions = self._packing(weight, 4 if int8 else 2)
@@ -109,8 +111,8 @@ class CpuKernels:
             pack = self.pack_linear_int8 if int8 else self.pack_linear
             return GateUp(pack(weight, bias), self.silu_mul)
         if int8:
-            return linear.pack_int8(self._library, functions, self._pool, weight, bias, gated=True)
-        return linear.pack(functions, self._pool, weight, bias, gated=True)
+            return linear.pack_int8(self._library, functions, self._pool, self._memory, weight, bias, gated=True)
+        return linear.pack(functions, self._pool, self._memory, weight, bias, gated=True)
 
     def decoder(self, weights: DecoderWeights) -> Decoder:
         apart = LayerByLayer(self, weights)

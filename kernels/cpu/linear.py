@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import Call, Functions, Library, PackedLinear, Pointer
+from kernels.memory import Arena
 
 PANEL = 32  # outputs of a panel
 
@@ -45,6 +46,7 @@ class NativeLinear:
 def pack(
     functions: Functions,
     pool: Pointer,
+    memory: Arena,
     weight: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype | None = None,
@@ -55,7 +57,7 @@ def pack(
     that one or float32. ``gated``: gates over ups, N a multiple of 64; ``silu(gate) * up`` comes out."""
     n, k = weight.shape
     source = weight.contiguous()
-    panels = torch.empty(_padded(n) * k, dtype=weight.dtype)
+    panels = memory.empty(_padded(n) * k, weight.dtype)
     functions.pack(source.data_ptr(), n, k, gated, panels.data_ptr())
     kept = _bias(bias, gated)
     layer = PackedLinear(panels.data_ptr(), kept[0].data_ptr() if kept else None, None, n, k, gated)
@@ -68,6 +70,7 @@ def pack_int8(
     library: Library,
     functions: Functions,
     pool: Pointer,
+    memory: Arena,
     weight: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype | None = None,
@@ -77,7 +80,7 @@ def pack_int8(
     """``weight [N, K]``, K a multiple of 4, rounded to int8, one symmetric scale per output; else as `pack`."""
     n, k = weight.shape
     source = weight.float().contiguous()
-    panels = torch.empty(_padded(n) * k, dtype=torch.uint8)
+    panels = memory.empty(_padded(n) * k, torch.uint8)
     scales = torch.empty(n, dtype=torch.float32)
     library.pack_int8(source.data_ptr(), n, k, gated, panels.data_ptr(), scales.data_ptr())
     kept = _bias(bias, gated)
