@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from engine.device_pool import TensorPool
+from engine.device_pool import TensorPool, expandable
 from kernels import pool_shape
 from kvtransfer.checksums import checksum_words
 
@@ -39,3 +39,17 @@ def test_its_address_and_size_are_those_of_the_tensor(kv: torch.Tensor) -> None:
     pool = TensorPool(kv)
     assert pool.address() == kv.data_ptr()
     assert (pool.num_blocks, pool.block_bytes) == (9, kv[0].numel() * 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, False),
+    ],
+)
+def test_expandable_segments_are_recognised(environment: dict[str, str], expected: bool) -> None:
+    assert expandable(environment) is expected
