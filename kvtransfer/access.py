@@ -12,11 +12,9 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from kvtransfer.tasks import uninterrupted
-
-RUN_BYTES = 1 << 20  # of one payload at most, unless a block has more: what arrives is verified meanwhile
 
 
 class DeviceSpan:
@@ -79,6 +77,14 @@ class Access(ABC):
     """Of one connection. This base serves pools that are sent from and received into in place."""
 
     name: str  # of the way that bytes take, for logs
+    run_bytes: ClassVar[int] = 1 << 20  # of one payload at most, unless a block has more
+    first_batch: ClassVar[int] = 2  # blocks announced together at first: bytes flow early
+    batch: ClassVar[int] = 32  # the same later on
+
+    @classmethod
+    def run_blocks(cls, block_bytes: int) -> int:
+        """How many blocks are one payload, at most."""
+        return max(1, cls.run_bytes // block_bytes)
 
     def lend(self, start: int, nbytes: int) -> Loan:
         """To receive into."""
@@ -88,7 +94,7 @@ class Access(ABC):
         """To send from: start and length of each."""
         return [self.lend(start, nbytes) for start, nbytes in ranges]
 
-    async def store(self, loan: Loan) -> None:
+    async def store(self, loans: Sequence[Loan]) -> None:
         """Makes the pool hold what was received."""
         return
 
@@ -115,9 +121,13 @@ class HostAccess(Access):
 
 
 class StraightAccess(Access):
-    """Device memory, for a transport that carries it."""
+    """Device memory, for a transport that carries it. A GPU copies 64 MiB in the time that the host takes for one
+    payload and for one launch, so a payload and a batch are that large (docs/gpu.md)."""
 
     name = "device memory"
+    run_bytes = 64 << 20
+    first_batch = 32
+    batch = 128
 
     def __init__(self, pool: DevicePool) -> None:
         self._pool = pool
@@ -170,8 +180,8 @@ class StagedAccess(Access):
         await self._copy(self._pool.read, loans)
         return loans
 
-    async def store(self, loan: Loan) -> None:
-        await self._copy(self._pool.write, [loan])
+    async def store(self, loans: Sequence[Loan]) -> None:
+        await self._copy(self._pool.write, loans)
 
     async def _copy(self, copy: Any, loans: Sequence[Loan]) -> None:
         """In a thread, and to its end: a slot must not have another owner meanwhile."""

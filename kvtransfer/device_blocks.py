@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from kvtransfer.access import RUN_BYTES, Access, DevicePool, Slots, StagedAccess, StraightAccess
+from kvtransfer.access import Access, DevicePool, Slots, StagedAccess, StraightAccess
 from kvtransfer.blocks import Blocks
 from kvtransfer.checksums import Checksum
 from kvtransfer.tasks import uninterrupted
@@ -21,7 +21,7 @@ class DeviceBlocks(Blocks):
     def __init__(self, pool: DevicePool) -> None:
         super().__init__(pool.num_blocks, pool.block_bytes)
         self._pool = pool
-        self._slots = Slots(pool, max(1, RUN_BYTES // pool.block_bytes) * pool.block_bytes)
+        self._slots = Slots(pool, StagedAccess.run_blocks(pool.block_bytes) * pool.block_bytes)
 
     def access(self, carries_device_memory: bool) -> Access:
         return StraightAccess(self._pool) if carries_device_memory else StagedAccess(self._pool, self._slots)

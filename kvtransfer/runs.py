@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from kvtransfer.frames import MAX_JOINED
 
 
-def joined(block_ids: Sequence[int]) -> bytes:
-    """Bit ``i``, the lowest of a byte first: block ``i`` lies right behind block ``i - 1``."""
+def joined(block_ids: Sequence[int], longest: int) -> bytes:
+    """Bit ``i``, the lowest of a byte first: block ``i`` lies right behind block ``i - 1`` and may come in one
+    payload with it. Runs of ones and the block before them are ``longest`` blocks at most."""
     bits = bytearray(min(-(-len(block_ids) // 8), MAX_JOINED))
+    run = 1
     for i in range(1, min(len(block_ids), len(bits) * 8)):
-        if block_ids[i] == block_ids[i - 1] + 1:
+        if run < longest and block_ids[i] == block_ids[i - 1] + 1:
             bits[i // 8] |= 1 << i % 8
+            run += 1
+        else:
+            run = 1
     return bytes(bits)
 
 

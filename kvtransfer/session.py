@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
-from kvtransfer.access import RUN_BYTES, Loan
+from kvtransfer.access import Loan
 from kvtransfer.blocks import Blocks
 from kvtransfer.checksums import Checksum, first_common
 from kvtransfer.faults import ConnectionLost, ProtocolError, Reason, Refusal
@@ -43,7 +43,6 @@ from splitserve.layout import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
-BATCH = 32  # blocks announced by one READY at most; the first are fewer, so that bytes flow early
 IN_FLIGHT = 32  # payloads being sent at a time
 MAX_RESENDS = 16  # of one session: a line that damages more is of no use
 LINGER_SECONDS = 1.0  # how long the last frame may take to be read before the connection is closed
@@ -223,7 +222,7 @@ class Session:
 
     async def _send_blocks(self, publication: Publication, pull: Pull, interval: float) -> None:
         """Blocks as they become ready, END behind the last, heartbeats in between; until told to stop."""
-        position, batch, complete = pull.first, 2, False
+        position, batch, complete = pull.first, self._access.first_batch, False
         while not self._stopping:
             publication.changed.clear()
             if self._resends:
@@ -235,7 +234,7 @@ class Session:
                 count = min(batch, len(publication.block_ids) - position)
                 await self._send_batch(publication, pull, position, count, 0)
                 position += count
-                batch = min(2 * batch, BATCH)
+                batch = min(2 * batch, self._access.batch)
             elif publication.outcome is not None and not complete:
                 complete = True
                 await self._send(publication.outcome.end())
@@ -249,7 +248,7 @@ class Session:
         blocks = publication.block_ids[first : first + count]
         checksums = await self._memory.checksums(self._checksum, blocks, pull.offset, pull.length)
         whole = pull.length == self._memory.block_bytes
-        longest = max(1, RUN_BYTES // pull.length) if whole else 1
+        longest = self._access.run_blocks(pull.length) if whole else 1
         runs = cut(blocks, first - pull.first, pull.joined, longest)
         places = [0, *accumulate(runs[:-1])]
         ranges = [

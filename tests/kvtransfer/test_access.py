@@ -46,7 +46,7 @@ async def test_what_is_stored_changes_its_range_alone(pool: FakeDevicePool, slot
     assert isinstance(loan.buffer, memoryview)
     loan.buffer[:] = expected[320:384] = b"x" * 64
     assert pool.contents != expected
-    await access.store(loan)
+    await access.store([loan])
     assert pool.contents == expected
 
 
