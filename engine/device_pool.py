@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -64,6 +64,32 @@ class TensorPool:
             for offset, buffer in zip(offsets, data, strict=True):
                 target = self._bytes[offset : offset + len(buffer)]
                 target.copy_(torch.frombuffer(buffer, dtype=torch.uint8), non_blocking=True)
+        self._wait()
+
+    def device_buffer(self, num_bytes: int) -> tuple[int, Tensor]:
+        try:
+            memory = torch.empty(num_bytes // 4, dtype=torch.int32, device=self._words.device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
+        return memory.data_ptr(), memory
+
+    def gather(self, runs: Sequence[Sequence[int]], into: Sequence[Tensor]) -> None:
+        self._move(transfer.gather, runs, into)
+
+    def scatter(self, runs: Sequence[Sequence[int]], data: Sequence[Tensor]) -> None:
+        self._move(transfer.scatter, runs, data)
+
+    def _move(
+        self,
+        move: Callable[[Tensor, Tensor, int, Tensor], None],
+        runs: Sequence[Sequence[int]],
+        buffers: Sequence[Tensor],
+    ) -> None:
+        words = self._words.shape[1]
+        with self._queue():
+            for blocks, buffer in zip(runs, buffers, strict=True):
+                ids = torch.tensor(blocks, dtype=torch.int64).to(self._words.device)
+                move(self._words, ids, 0, buffer[: len(blocks) * words].view(len(blocks), words))
         self._wait()
 
     def checksums(self, blocks: Sequence[int], offset: int, length: int) -> list[int]:

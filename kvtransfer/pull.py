@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -96,7 +97,7 @@ class Pulling:
         self._ended_at = 0.0
         self._busy_since = 0.0
         self._deadline = 0.0  # by the clock of the event loop
-        self._heard: asyncio.Future[None] | None = None  # a frame came; while no run is under way
+        self._heard: asyncio.Future[None] | None = None  # a frame came, or a run was posted; while there is none
 
     @property
     def way(self) -> str:
@@ -112,7 +113,8 @@ class Pulling:
     async def greet(self, hello: Hello) -> HelloOk:
         """The handshake, with the wish right behind it. Refusal, ConnectionLost, ProtocolError, TimeoutError."""
         await self._send(hello)
-        await self._send(Pull(self._first, 0, self._memory.block_bytes, joined(self._block_ids, self._longest)))
+        bits = joined(self._block_ids, self._longest, self._access.gathers)
+        await self._send(Pull(self._first, 0, self._memory.block_bytes, bits))
         answer = await self._in_time(self._receive())
         if not isinstance(answer, HelloOk):
             raise ProtocolError(f"{type(answer).__name__} instead of a HELLO_OK")
@@ -172,9 +174,9 @@ class Pulling:
         loop = asyncio.get_running_loop()
         self._heard = None if self._runs else loop.create_future()
         awaited: list[asyncio.Future[None]] = [listening, self._heard or self._runs[0].arrived]
-        left = self._deadline - loop.time()
+        left = min(self._deadline - loop.time(), self._timeout)
         done, _ = await asyncio.wait(awaited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
+        if not done and loop.time() >= self._deadline:
             raise TimeoutError
 
     async def _listen(self) -> None:
@@ -188,20 +190,23 @@ class Pulling:
                 case Heartbeat():
                     pass
                 case Ready():
-                    self._expect(frame)
+                    await self._expect(frame)
                 case End() if self._end is None and self._announced == len(self._block_ids):
                     self._end, self._ended_at = frame, time.perf_counter()
                 case _:
                     raise ProtocolError(f"an unexpected {type(frame).__name__}")
-            if self._heard is not None and not self._heard.done():
-                self._heard.set_result(None)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._heard is not None and not self._heard.done():
+            self._heard.set_result(None)
 
     def _extend(self) -> None:
         self._deadline = asyncio.get_running_loop().time() + self._timeout
 
-    def _expect(self, ready: Ready) -> None:
+    async def _expect(self, ready: Ready) -> None:
         """Posts the receives. ProtocolError unless these blocks are the next ones, or one that was asked for
-        again, in runs that are contiguous here."""
+        again, in runs that this side can receive."""
         place, count = ready.first - self._first, len(ready.checksums)
         if ready.attempt == 0:
             if place != self._announced or place + count > len(self._block_ids):
@@ -211,17 +216,22 @@ class Pulling:
             raise ProtocolError(f"block {ready.first}, attempt {ready.attempt} was not asked for")
         begin = 0
         for length in ready.runs:
-            self._post(place + begin, ready.checksums[begin : begin + length], ready.attempt)
+            await self._post(place + begin, ready.checksums[begin : begin + length], ready.attempt)
             begin += length
 
-    def _post(self, place: int, checksums: tuple[int, ...], attempt: int) -> None:
-        block, blocks = self._block_ids[place], len(checksums)
-        if blocks > self._longest or any(self._block_ids[place + i] != block + i for i in range(blocks)):
+    async def _post(self, place: int, checksums: tuple[int, ...], attempt: int) -> None:
+        ranges = self._memory.ranges(self._block_ids[place : place + len(checksums)])
+        if len(checksums) > self._longest or (len(ranges) > 1 and not self._access.gathers):
             raise ProtocolError(f"blocks from {self._first + place} are not one run, or it is too long")
-        loan = self._access.lend(*self._memory.range(block, blocks))
+        if not self._runs:  # a wait for our own memory is not the source's
+            self._deadline = math.inf
+        loan = await self._access.lend(ranges)
+        if not self._runs:
+            self._extend()
         arrived = self._connection.post_payload(slot_of(self._first + place, attempt), loan.buffer)
         arrived.add_done_callback(heard)
         self._runs.append(Run(place, checksums, attempt, arrived, loan))
+        self._wake()  # the next one may need the memory of this one
 
     def _there(self) -> list[Run]:
         """The first run, and those behind it that have arrived too, in all as many blocks as one may have."""

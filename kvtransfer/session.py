@@ -249,15 +249,14 @@ class Session:
         checksums = await self._memory.checksums(self._checksum, blocks, pull.offset, pull.length)
         whole = pull.length == self._memory.block_bytes
         longest = self._access.run_blocks(pull.length) if whole else 1
-        runs = cut(blocks, first - pull.first, pull.joined, longest)
-        places = [0, *accumulate(runs[:-1])]
-        ranges = [
-            self._memory.range(blocks[place], run, pull.offset, pull.length)
-            for place, run in zip(places, runs, strict=True)
-        ]
-        loans = await self._access.load(ranges)
+        payloads, place = [], 0
+        for run in cut(blocks, first - pull.first, pull.joined, longest, self._access.gathers):
+            payloads.append(self._memory.ranges(blocks[place : place + run], pull.offset, pull.length))
+            place += run
+        loans = await self._access.load(payloads)
+        runs = tuple(loan.nbytes // pull.length for loan in loans)
         await self._send(Ready(first, runs, tuple(checksums), attempt))
-        for place, loan in zip(places, loans, strict=True):
+        for place, loan in zip(accumulate(runs, initial=0), loans, strict=False):
             await self._at_most_in_flight(IN_FLIGHT - 1)
             send = self._connection.send_payload(slot_of(first + place, attempt), loan.buffer)
             send.add_done_callback(partial(self._sent, loan))

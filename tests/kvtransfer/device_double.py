@@ -26,12 +26,15 @@ class CarryingUcx(UcxTransport):
 class FakeDevicePool:
     """``copies`` counts the bytes that went each way, ``launches`` the blocks of each call for checksums."""
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int, buffers: int = 4) -> None:
+        """``buffers``: so many are there beside the pool."""
+        self.buffers = buffers
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
         self.contents = bytearray(num_blocks * block_bytes)
         self.host_bytes = 0
         self.copies = {"out": 0, "in": 0}
         self.launches: list[int] = []
+        self.gathered = self.scattered = 0  # blocks
 
     def address(self) -> int:
         return np.frombuffer(self.contents, dtype=np.uint8).ctypes.data
@@ -49,6 +52,26 @@ class FakeDevicePool:
         for offset, buffer in zip(offsets, data, strict=True):
             self.contents[offset : offset + len(buffer)] = buffer
             self.copies["in"] += len(buffer)
+
+    def device_buffer(self, num_bytes: int) -> tuple[int, bytearray]:
+        if self.buffers == 0:
+            raise MemoryError("the device is full")
+        self.buffers -= 1
+        memory = bytearray(num_bytes)
+        return np.frombuffer(memory, dtype=np.uint8).ctypes.data, memory
+
+    def gather(self, runs: Sequence[Sequence[int]], into: Sequence[bytearray]) -> None:
+        for blocks, buffer in zip(runs, into, strict=True):
+            data = b"".join(map(self.block, blocks))
+            buffer[: len(data)] = data
+            self.gathered += len(blocks)
+
+    def scatter(self, runs: Sequence[Sequence[int]], data: Sequence[bytearray]) -> None:
+        size = self.block_bytes
+        for blocks, buffer in zip(runs, data, strict=True):
+            for place, block in enumerate(blocks):
+                self.contents[block * size : (block + 1) * size] = buffer[place * size : (place + 1) * size]
+            self.scattered += len(blocks)
 
     def block(self, index: int) -> bytes:
         return bytes(self.contents[index * self.block_bytes : (index + 1) * self.block_bytes])

@@ -21,9 +21,9 @@ from kvtransfer import (
     TcpTransport,
     available_transports,
 )
-from kvtransfer.access import Slots
 from kvtransfer.blocks import Blocks
 from kvtransfer.faulty import Fault, FaultyTransport
+from kvtransfer.staging import CHUNK
 from kvtransfer.transport import Transport
 from splitserve.errors import TransferFailed
 from tests.kvtransfer.conftest import BLOCKS, FINGERPRINT, LAYOUT
@@ -116,6 +116,36 @@ async def test_contiguous_blocks_of_devices_are_few_payloads_and_few_launches() 
 
 
 @needs_ucx
+@pytest.mark.parametrize("buffers", [1, 4])
+async def test_scattered_blocks_of_devices_are_few_payloads_too_whoever_waits_for_the_memory(buffers: int) -> None:
+    """Three pulls at a time of ten payloads each, where there is memory for fewer."""
+    count, size, draw = 320, 256, random.Random(6)
+    source, target = FakeDevicePool(count, size, 4), FakeDevicePool(3 * count, size, buffers)
+    source.contents[:] = draw.randbytes(count * size)
+    transports = CarryingUcx(), CarryingUcx()
+    places = draw.sample(range(3 * count), 3 * count)
+    async with (
+        BlockServer(DeviceBlocks(source), FINGERPRINT, "p0", 1, transports[:1]) as server,
+        PullClient(DeviceBlocks(target), FINGERPRINT, "d0", 2, transports[1:], progress_timeout=30.0) as client,
+        asyncio.timeout(20),
+    ):
+        pulls, expected = [], {}
+        for i in range(3):
+            publication = server.publish(count)
+            sent, received = draw.sample(range(count), count), places[i * count : (i + 1) * count]
+            publication.ready(sent)
+            publication.finish(7, finished=False)
+            pulls.append(client.pull(publication.handle, received))
+            expected |= {there: source.block(here) for here, there in zip(sent, received, strict=True)}
+        await asyncio.gather(*pulls)
+    for transport in transports:
+        await transport.close()
+    assert all(target.block(there) == data for there, data in expected.items())
+    assert source.gathered > 2 * count and target.scattered >= source.gathered
+    assert len(target.launches) < count / 4
+
+
+@needs_ucx
 async def test_blocks_arrive_while_others_are_verified_and_those_are_then_verified_together() -> None:
     source, target = Pool(True, seed=5), Pool(True)
     started, go_on, checksums = threading.Event(), threading.Event(), target.device.checksums
@@ -165,5 +195,5 @@ async def test_slots_are_given_back_whatever_the_end(make_ends: MakeEnds) -> Non
         for _ in range(8):
             with pytest.raises(TransferFailed, match="damaged twice"):
                 await pull(ends, list(range(9)), list(range(9)))
-    chunk = Slots.CHUNK * max(SIZE, (2 << 20) // SIZE * SIZE)
+    chunk = CHUNK * max(SIZE, (2 << 20) // SIZE * SIZE)
     assert source.device.host_bytes <= chunk and target.device.host_bytes <= chunk
