@@ -68,7 +68,8 @@ class TensorPool:
 
     def device_buffer(self, num_bytes: int) -> tuple[int, Tensor]:
         try:
-            memory = torch.empty(num_bytes // 4, dtype=torch.int32, device=self._words.device)
+            with self._queue():  # else it may be memory that a step under way still writes to
+                memory = torch.empty(num_bytes // 4, dtype=torch.int32, device=self._words.device)
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from error
         return memory.data_ptr(), memory

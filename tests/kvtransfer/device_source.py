@@ -16,6 +16,7 @@ from kvtransfer import BlockServer, DeviceBlocks, TcpTransport, Transport, UcxTr
 from tests.kvtransfer.device_double import CarryingUcx
 
 TRANSPORTS: dict[str, type[Transport]] = {"tcp": TcpTransport, "ucx": UcxTransport, "carrying": CarryingUcx}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS, WORDS = 40, 1024
 TOKEN = 42
 
@@ -27,7 +28,7 @@ def source_tensor() -> torch.Tensor:
 
 
 async def serve(transport: Transport, blocks: list[int]) -> None:
-    pool = DeviceBlocks(TensorPool(source_tensor()))
+    pool = DeviceBlocks(TensorPool(source_tensor().to(DEVICE)))
     async with BlockServer(pool, FINGERPRINT, SOURCE_ID, 1, [transport]) as server:
         publication = server.publish(len(blocks))
         print(handle_to_json(publication.handle), flush=True)
