@@ -7,7 +7,9 @@ reported complete is complete here: its step was waited for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,11 +17,28 @@ from torch import Tensor
 
 from kernels.triton import transfer
 
+log = logging.getLogger(__name__)
+
+
+def expandable(environment: Mapping[str, str]) -> bool:
+    """Whether torch is told to allocate segments that grow."""
+    settings = ",".join(environment.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    return "expandable_segments:true" in settings.replace(" ", "").lower()
+
 
 class TensorPool:
-    """``kv [num_blocks, ...]``, contiguous; on a CPU for tests."""
+    """``kv [num_blocks, ...]``, contiguous; on a CPU for tests. Make it in the thread that drives the transports,
+    and before they start: UCX works in the CUDA context of its thread."""
 
     def __init__(self, kv: Tensor) -> None:
+        if kv.is_cuda:
+            torch.cuda.set_device(kv.device)
+            torch.zeros(1, device=kv.device)  # binds the context: set_device alone does nothing for cuda:0
+            if expandable(os.environ):
+                log.warning(
+                    "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF: other processes can't map such memory, "
+                    "so KV blocks don't go by cuda_ipc; leave it out for workers that share a host"
+                )
         self.num_blocks = kv.shape[0]
         self._words = kv.view(self.num_blocks, -1).view(torch.int32)  # [num_blocks, words]
         self._bytes = self._words.view(-1).view(torch.uint8)  # [bytes]
@@ -45,6 +64,33 @@ class TensorPool:
             for offset, buffer in zip(offsets, data, strict=True):
                 target = self._bytes[offset : offset + len(buffer)]
                 target.copy_(torch.frombuffer(buffer, dtype=torch.uint8), non_blocking=True)
+        self._wait()
+
+    def device_buffer(self, num_bytes: int) -> tuple[int, Tensor]:
+        try:
+            with self._queue():  # else it may be memory that a step under way still writes to
+                memory = torch.empty(num_bytes // 4, dtype=torch.int32, device=self._words.device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
+        return memory.data_ptr(), memory
+
+    def gather(self, runs: Sequence[Sequence[int]], into: Sequence[Tensor]) -> None:
+        self._move(transfer.gather, runs, into)
+
+    def scatter(self, runs: Sequence[Sequence[int]], data: Sequence[Tensor]) -> None:
+        self._move(transfer.scatter, runs, data)
+
+    def _move(
+        self,
+        move: Callable[[Tensor, Tensor, int, Tensor], None],
+        runs: Sequence[Sequence[int]],
+        buffers: Sequence[Tensor],
+    ) -> None:
+        words = self._words.shape[1]
+        with self._queue():
+            for blocks, buffer in zip(runs, buffers, strict=True):
+                ids = torch.tensor(blocks, dtype=torch.int64).to(self._words.device)
+                move(self._words, ids, 0, buffer[: len(blocks) * words].view(len(blocks), words))
         self._wait()
 
     def checksums(self, blocks: Sequence[int], offset: int, length: int) -> list[int]:

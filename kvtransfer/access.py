@@ -1,22 +1,16 @@
-"""How one connection reaches the bytes of a pool: where they lie, or through pinned host memory.
+"""How one connection reaches the bytes of a pool where they lie.
 
 Host pools, and device pools over a transport that carries device memory, are sent from and received into in
-place. Else a range passes through a slot of host memory: `load` fills it before it is sent, `store` empties it
-behind it. Knows ranges of bytes, no blocks and no frames. Invariant: a slot belongs to one loan until its
-release.
+place; kvtransfer/staging.py has the ways through other memory. Knows ranges of bytes, no blocks and no frames.
+Invariant: what a loan names stays the connection's until it is released.
 """
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from kvtransfer.tasks import uninterrupted
-
-RUN_BYTES = 1 << 20  # of one payload at most, unless a block has more: what arrives is verified meanwhile
+from typing import Any, ClassVar, Protocol
 
 
 class DeviceSpan:
@@ -24,7 +18,8 @@ class DeviceSpan:
 
     def __init__(self, address: int, nbytes: int, owner: object) -> None:
         self.nbytes = nbytes
-        self._address, self._owner = address, owner  # the owner keeps the memory
+        self.owner = owner  # keeps the memory
+        self._address = address
 
     def __len__(self) -> int:
         return self.nbytes
@@ -34,8 +29,14 @@ class DeviceSpan:
         """https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html"""
         return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self._address, False), "version": 3}
 
+    def first(self, nbytes: int) -> DeviceSpan:
+        """So many bytes of it."""
+        assert nbytes <= self.nbytes
+        return DeviceSpan(self._address, nbytes, self.owner)
+
 
 Buffer = memoryview | DeviceSpan
+Range = tuple[int, int]  # start and length in bytes
 
 
 class DevicePool(Protocol):
@@ -61,6 +62,18 @@ class DevicePool(Protocol):
         """The way back."""
         ...
 
+    def device_buffer(self, num_bytes: int) -> tuple[int, Any]:
+        """Memory beside the pool, on the same device: its address, and what `gather` knows it by. MemoryError."""
+        ...
+
+    def gather(self, runs: Sequence[Sequence[int]], into: Sequence[Any]) -> None:
+        """Fills each buffer, one of `device_buffer`, with a run of whole blocks."""
+        ...
+
+    def scatter(self, runs: Sequence[Sequence[int]], data: Sequence[Any]) -> None:
+        """The way back."""
+        ...
+
     def checksums(self, blocks: Sequence[int], offset: int, length: int) -> list[int]:
         """`checksums.checksum_words` of that range of each block."""
         ...
@@ -68,27 +81,40 @@ class DevicePool(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loan:
-    """Bytes ``[start, start + nbytes)`` of the pool, and where they are sent from or received into."""
+    """The ranges of the pool that are one payload, and where it is sent from or received into."""
 
-    start: int
-    nbytes: int
+    ranges: Sequence[Range]
     buffer: Buffer
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.buffer)
 
 
 class Access(ABC):
-    """Of one connection. This base serves pools that are sent from and received into in place."""
+    """Of one connection. This base serves pools that are sent from and received into in place, so a payload is one
+    range."""
 
     name: str  # of the way that bytes take, for logs
+    gathers: ClassVar[bool] = False  # a payload may have several ranges
+    run_bytes: ClassVar[int] = 1 << 20  # of one payload at most, unless a block has more
+    first_batch: ClassVar[int] = 2  # blocks announced together at first: bytes flow early
+    batch: ClassVar[int] = 32  # the same later on
 
-    def lend(self, start: int, nbytes: int) -> Loan:
-        """To receive into."""
-        return Loan(start, nbytes, self._buffer(start, nbytes))
+    @classmethod
+    def run_blocks(cls, block_bytes: int) -> int:
+        """How many blocks are one payload, at most."""
+        return max(1, cls.run_bytes // block_bytes)
 
-    async def load(self, ranges: Sequence[tuple[int, int]]) -> list[Loan]:
-        """To send from: start and length of each."""
-        return [self.lend(start, nbytes) for start, nbytes in ranges]
+    async def lend(self, ranges: Sequence[Range]) -> Loan:
+        """To receive one payload into."""
+        return self._in_place(ranges)
 
-    async def store(self, loan: Loan) -> None:
+    async def load(self, payloads: Sequence[Sequence[Range]]) -> list[Loan]:
+        """To send from. A payload may come as several, cut between its ranges."""
+        return [self._in_place(ranges) for ranges in payloads]
+
+    async def store(self, loans: Sequence[Loan]) -> None:
         """Makes the pool hold what was received."""
         return
 
@@ -99,6 +125,10 @@ class Access(ABC):
     def close(self) -> None:
         """Releases all that is lent: the connection is at rest or closed."""
         return
+
+    def _in_place(self, ranges: Sequence[Range]) -> Loan:
+        [(start, nbytes)] = ranges
+        return Loan(ranges, self._buffer(start, nbytes))
 
     @abstractmethod
     def _buffer(self, start: int, nbytes: int) -> Buffer: ...
@@ -115,77 +145,20 @@ class HostAccess(Access):
 
 
 class StraightAccess(Access):
-    """Device memory, for a transport that carries it."""
+    """Device memory, for a transport that carries it. A GPU copies 64 MiB in the time that the host takes for one
+    payload and for one launch, so payloads and batches are large (docs/gpu.md)."""
 
     name = "device memory"
+    run_bytes = 64 << 20
+    first_batch = 32
+    batch = 128
+
+    @classmethod
+    def run_blocks(cls, block_bytes: int) -> int:
+        return min(cls.first_batch, super().run_blocks(block_bytes))
 
     def __init__(self, pool: DevicePool) -> None:
         self._pool = pool
 
     def _buffer(self, start: int, nbytes: int) -> Buffer:
         return DeviceSpan(self._pool.address() + start, nbytes, self._pool)
-
-
-class Slots:
-    """Pinned host memory in slots of one size, allocated some at a time and kept; one for all connections."""
-
-    CHUNK = 16  # slots
-
-    def __init__(self, pool: DevicePool, slot_bytes: int) -> None:
-        self.slot_bytes = slot_bytes
-        self._pool = pool
-        self._free: list[memoryview] = []
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def take(self) -> memoryview:
-        if not self._free:
-            size = self.slot_bytes
-            chunk = self._pool.host_buffer(size * self.CHUNK)
-            self._free = [chunk[i * size : (i + 1) * size] for i in range(self.CHUNK)]
-        return self._free.pop()
-
-    def give_back(self, slot: memoryview) -> None:
-        self._free.append(slot)
-
-
-class StagedAccess(Access):
-    """Device memory, for a transport that knows host memory alone."""
-
-    name = "device memory by way of pinned host memory"
-
-    def __init__(self, pool: DevicePool, slots: Slots) -> None:
-        self._pool, self._slots = pool, slots
-        self._lent: dict[Loan, memoryview] = {}
-
-    def lend(self, start: int, nbytes: int) -> Loan:
-        loan = Loan(start, nbytes, (slot := self._slots.take())[:nbytes])
-        self._lent[loan] = slot
-        return loan
-
-    async def load(self, ranges: Sequence[tuple[int, int]]) -> list[Loan]:
-        loans = [self.lend(start, nbytes) for start, nbytes in ranges]
-        await self._copy(self._pool.read, loans)
-        return loans
-
-    async def store(self, loan: Loan) -> None:
-        await self._copy(self._pool.write, [loan])
-
-    async def _copy(self, copy: Any, loans: Sequence[Loan]) -> None:
-        """In a thread, and to its end: a slot must not have another owner meanwhile."""
-        buffers = [loan.buffer for loan in loans]
-        await uninterrupted(asyncio.to_thread(copy, [loan.start for loan in loans], buffers))
-
-    def release(self, loan: Loan) -> None:
-        slot = self._lent.pop(loan, None)
-        if slot is not None:
-            self._slots.give_back(slot)
-
-    def close(self) -> None:
-        for loan in list(self._lent):
-            self.release(loan)
-
-    def _buffer(self, start: int, nbytes: int) -> Buffer:
-        raise AssertionError("staged ranges are lent slots")

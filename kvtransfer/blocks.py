@@ -34,6 +34,17 @@ class Blocks(ABC):
         assert count == 1 or length == self.block_bytes
         return first * self.block_bytes + offset, count * length
 
+    def ranges(self, blocks: Sequence[int], offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """The same range of each block, in order; whole blocks that lie behind each other as one. IndexError."""
+        found: list[tuple[int, int]] = []
+        for block in blocks:
+            start, nbytes = self.range(block, 1, offset, length)
+            if found and nbytes == self.block_bytes and sum(found[-1]) == start:
+                found[-1] = (found[-1][0], found[-1][1] + nbytes)
+            else:
+                found.append((start, nbytes))
+        return found
+
     @abstractmethod
     def access(self, carries_device_memory: bool) -> Access:
         """For a connection over a transport that does, or doesn't."""

@@ -86,7 +86,7 @@ class Pull:
     first: int
     offset: int
     length: int
-    joined: bytes = b""  # bit i: block first + i lies right behind the one before it in the puller's pool
+    joined: bytes = b""  # bit i: block first + i may come in one payload with the one before it
     mode: PullMode = PullMode.TRANSFER
 
 

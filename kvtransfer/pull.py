@@ -1,8 +1,8 @@
 """One pull over one connection: the hot path of a transfer, as the puller sees it.
 
 What the source announces is received straight into the pool, contiguous blocks as one payload, and verified while
-the next payload arrives. While the source computes, a heartbeat counts as progress; once it has announced blocks,
-only their bytes do.
+the next payload is announced and arrives; what has arrived together is verified together. While the source
+computes, a heartbeat counts as progress; once it has announced blocks, only their bytes do.
 Invariant: ``received`` leading blocks are verified, and no byte is written once ``close`` has returned.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import islice
 from typing import Any, TypeVar
 
 from kvtransfer.access import Loan
@@ -50,7 +51,7 @@ PARTING_SECONDS = 0.5  # how long the source may take to acknowledge the end
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A payload under way."""
+    """A payload that is under way or not yet verified."""
 
     place: int  # of its first block in block_ids
     checksums: tuple[int, ...]  # one for each of its blocks
@@ -81,6 +82,7 @@ class Pulling:
         self._connection = connection
         self._memory = memory
         self._access = memory.access(connection.carries_device_memory)
+        self._longest = self._access.run_blocks(memory.block_bytes)
         self._checksum = memory.kinds[0]
         self.stamp = stamp
         self._timeout = timeout
@@ -91,6 +93,11 @@ class Pulling:
         self._announced = 0  # blocks that a READY has named
         self._arrived = 0  # blocks whose first attempt is there, good or not
         self._damaged: set[int] = set()  # places whose second attempt is under way
+        self._end: End | None = None
+        self._ended_at = 0.0
+        self._busy_since = 0.0
+        self._deadline = 0.0  # by the clock of the event loop
+        self._heard: asyncio.Future[None] | None = None  # a frame came, or a run was posted; while there is none
 
     @property
     def way(self) -> str:
@@ -106,7 +113,8 @@ class Pulling:
     async def greet(self, hello: Hello) -> HelloOk:
         """The handshake, with the wish right behind it. Refusal, ConnectionLost, ProtocolError, TimeoutError."""
         await self._send(hello)
-        await self._send(Pull(self._first, 0, self._memory.block_bytes, joined(self._block_ids)))
+        bits = joined(self._block_ids, self._longest, self._access.gathers)
+        await self._send(Pull(self._first, 0, self._memory.block_bytes, bits))
         answer = await self._in_time(self._receive())
         if not isinstance(answer, HelloOk):
             raise ProtocolError(f"{type(answer).__name__} instead of a HELLO_OK")
@@ -123,43 +131,24 @@ class Pulling:
 
     async def blocks(self, lease_seconds: float, on_progress: Callable[[int], None]) -> End:
         """Fetches and verifies every block. Raises what ``greet`` raises."""
-        end: End | None = None
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self._timeout
-        busy_since = ended_at = 0.0
-        async with running(self._beat(min(self._timeout, lease_seconds) / 4)):
-            reading = asyncio.create_task(self._receive())
-            try:
-                while end is None or self._runs or self._damaged:
-                    await self._either(reading, deadline)
-                    now = time.perf_counter()
-                    if reading.done():
-                        frame = reading.result()
-                        reading = asyncio.create_task(self._receive())
-                        if not self._runs:
-                            deadline, busy_since = clock() + self._timeout, now
-                        match frame:
-                            case Heartbeat():
-                                continue
-                            case Ready():
-                                self._expect(frame)
-                            case End() if end is None and self._announced == len(self._block_ids):
-                                end, ended_at = frame, now
-                            case _:
-                                raise ProtocolError(f"an unexpected {type(frame).__name__}")
-                    elif self._runs and self._runs[0].arrived.done():
-                        await self._take(self._runs.popleft(), on_progress)
-                        now = time.perf_counter()
-                        deadline = clock() + self._timeout
-                        if not self._runs:
-                            self.busy_seconds += now - busy_since
-            finally:
-                reading.cancel()
-                reading.add_done_callback(heard)
-        self.exposed_seconds = end.age_us / 1e6 + time.perf_counter() - ended_at
+        self._extend()
+        async with (
+            running(self._beat(min(self._timeout, lease_seconds) / 4)),
+            running(self._listen()) as listening,
+        ):
+            while self._end is None or self._runs or self._damaged:
+                await self._either(listening)
+                if listening.done():
+                    listening.result()
+                if self._runs and self._runs[0].arrived.done():
+                    await self._take(self._there(), on_progress)
+                    self._extend()
+                    if not self._runs:
+                        self.busy_seconds += time.perf_counter() - self._busy_since
+        self.exposed_seconds = self._end.age_us / 1e6 + time.perf_counter() - self._ended_at
         await self._send(Done())
         self.clean = True
-        return end
+        return self._end
 
     async def abandon(self) -> None:
         """Tells the source that nobody will ask again, and waits until it has stopped, but not for long."""
@@ -179,19 +168,45 @@ class Pulling:
             run.arrived.cancel()
         self._access.close()
 
-    async def _either(self, reading: asyncio.Task[Frame], deadline: float) -> None:
-        """Returns when a frame is there or the first run has arrived. TimeoutError behind the deadline."""
-        awaited: list[asyncio.Future[Any]] = [reading]
-        if self._runs:
-            awaited.append(self._runs[0].arrived)
-        left = deadline - asyncio.get_running_loop().time()
+    async def _either(self, listening: asyncio.Task[None]) -> None:
+        """Returns when the first run has arrived, or if there is none, with the next frame. TimeoutError behind
+        the deadline."""
+        loop = asyncio.get_running_loop()
+        self._heard = None if self._runs else loop.create_future()
+        awaited: list[asyncio.Future[None]] = [listening, self._heard or self._runs[0].arrived]
+        left = min(self._deadline - loop.time(), self._timeout)
         done, _ = await asyncio.wait(awaited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
+        if not done and loop.time() >= self._deadline:
             raise TimeoutError
 
-    def _expect(self, ready: Ready) -> None:
+    async def _listen(self) -> None:
+        """Reads frames until it is cancelled, so receives are posted while earlier blocks are verified."""
+        while True:
+            frame = await self._receive()
+            if not self._runs:
+                self._extend()
+                self._busy_since = time.perf_counter()
+            match frame:
+                case Heartbeat():
+                    pass
+                case Ready():
+                    await self._expect(frame)
+                case End() if self._end is None and self._announced == len(self._block_ids):
+                    self._end, self._ended_at = frame, time.perf_counter()
+                case _:
+                    raise ProtocolError(f"an unexpected {type(frame).__name__}")
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._heard is not None and not self._heard.done():
+            self._heard.set_result(None)
+
+    def _extend(self) -> None:
+        self._deadline = asyncio.get_running_loop().time() + self._timeout
+
+    async def _expect(self, ready: Ready) -> None:
         """Posts the receives. ProtocolError unless these blocks are the next ones, or one that was asked for
-        again, in runs that are contiguous here."""
+        again, in runs that this side can receive."""
         place, count = ready.first - self._first, len(ready.checksums)
         if ready.attempt == 0:
             if place != self._announced or place + count > len(self._block_ids):
@@ -201,30 +216,49 @@ class Pulling:
             raise ProtocolError(f"block {ready.first}, attempt {ready.attempt} was not asked for")
         begin = 0
         for length in ready.runs:
-            self._post(place + begin, ready.checksums[begin : begin + length], ready.attempt)
+            await self._post(place + begin, ready.checksums[begin : begin + length], ready.attempt)
             begin += length
 
-    def _post(self, place: int, checksums: tuple[int, ...], attempt: int) -> None:
-        block, blocks = self._block_ids[place], len(checksums)
-        if any(self._block_ids[place + i] != block + i for i in range(blocks)):
-            raise ProtocolError(f"blocks from {self._first + place} are not one run")
-        loan = self._access.lend(*self._memory.range(block, blocks))
+    async def _post(self, place: int, checksums: tuple[int, ...], attempt: int) -> None:
+        ranges = self._memory.ranges(self._block_ids[place : place + len(checksums)])
+        if len(checksums) > self._longest or (len(ranges) > 1 and not self._access.gathers):
+            raise ProtocolError(f"blocks from {self._first + place} are not one run, or it is too long")
+        if not self._runs:  # a wait for our own memory is not the source's
+            self._deadline = math.inf
+        loan = await self._access.lend(ranges)
+        if not self._runs:
+            self._extend()
         arrived = self._connection.post_payload(slot_of(self._first + place, attempt), loan.buffer)
         arrived.add_done_callback(heard)
         self._runs.append(Run(place, checksums, attempt, arrived, loan))
+        self._wake()  # the next one may need the memory of this one
 
-    async def _take(self, run: Run, on_progress: Callable[[int], None]) -> None:
-        """Verifies the blocks of a run that is there; a damaged one is asked for again, once."""
-        run.arrived.result()
-        await self._access.store(run.loan)
-        self._access.release(run.loan)
-        blocks = self._block_ids[run.place : run.place + len(run.checksums)]
+    def _there(self) -> list[Run]:
+        """The first run, and those behind it that have arrived too, in all as many blocks as one may have."""
+        there, blocks = [self._runs[0]], len(self._runs[0].checksums)
+        for run in islice(self._runs, 1, None):
+            blocks += len(run.checksums)
+            if blocks > self._longest or not run.arrived.done() or run.arrived.exception() is not None:
+                break
+            there.append(run)
+        return there
+
+    async def _take(self, runs: Sequence[Run], on_progress: Callable[[int], None]) -> None:
+        """Verifies the blocks of the first runs, which are there; a damaged one is asked for again, once."""
+        runs[0].arrived.result()
+        await self._access.store([run.loan for run in runs])
+        for run in runs:
+            self._access.release(run.loan)
+        wanted = [(run.place + i, known, run.attempt) for run in runs for i, known in enumerate(run.checksums)]
+        blocks = [self._block_ids[place] for place, _, _ in wanted]
         found = await self._memory.checksums(self._checksum, blocks, 0, self._memory.block_bytes)
-        for place, checksum, here in zip(count(run.place), run.checksums, found, strict=False):
+        for _ in runs:
+            self._runs.popleft()
+        for (place, checksum, attempt), here in zip(wanted, found, strict=True):
             self._arrived = max(self._arrived, place + 1)
             if here == checksum:
                 self._damaged.discard(place)
-            elif run.attempt == 0:
+            elif attempt == 0:
                 await self._ask_again(place)
             else:
                 raise Refusal(Reason.CHECKSUM, f"block {self._first + place} was damaged twice")

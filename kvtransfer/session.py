@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
-from kvtransfer.access import RUN_BYTES, Loan
+from kvtransfer.access import Loan
 from kvtransfer.blocks import Blocks
 from kvtransfer.checksums import Checksum, first_common
 from kvtransfer.faults import ConnectionLost, ProtocolError, Reason, Refusal
@@ -43,7 +43,6 @@ from splitserve.layout import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
-BATCH = 32  # blocks announced by one READY at most; the first are fewer, so that bytes flow early
 IN_FLIGHT = 32  # payloads being sent at a time
 MAX_RESENDS = 16  # of one session: a line that damages more is of no use
 LINGER_SECONDS = 1.0  # how long the last frame may take to be read before the connection is closed
@@ -223,7 +222,7 @@ class Session:
 
     async def _send_blocks(self, publication: Publication, pull: Pull, interval: float) -> None:
         """Blocks as they become ready, END behind the last, heartbeats in between; until told to stop."""
-        position, batch, complete = pull.first, 2, False
+        position, batch, complete = pull.first, self._access.first_batch, False
         while not self._stopping:
             publication.changed.clear()
             if self._resends:
@@ -235,7 +234,7 @@ class Session:
                 count = min(batch, len(publication.block_ids) - position)
                 await self._send_batch(publication, pull, position, count, 0)
                 position += count
-                batch = min(2 * batch, BATCH)
+                batch = min(2 * batch, self._access.batch)
             elif publication.outcome is not None and not complete:
                 complete = True
                 await self._send(publication.outcome.end())
@@ -249,16 +248,15 @@ class Session:
         blocks = publication.block_ids[first : first + count]
         checksums = await self._memory.checksums(self._checksum, blocks, pull.offset, pull.length)
         whole = pull.length == self._memory.block_bytes
-        longest = max(1, RUN_BYTES // pull.length) if whole else 1
-        runs = cut(blocks, first - pull.first, pull.joined, longest)
-        places = [0, *accumulate(runs[:-1])]
-        ranges = [
-            self._memory.range(blocks[place], run, pull.offset, pull.length)
-            for place, run in zip(places, runs, strict=True)
-        ]
-        loans = await self._access.load(ranges)
+        longest = self._access.run_blocks(pull.length) if whole else 1
+        payloads, place = [], 0
+        for run in cut(blocks, first - pull.first, pull.joined, longest, self._access.gathers):
+            payloads.append(self._memory.ranges(blocks[place : place + run], pull.offset, pull.length))
+            place += run
+        loans = await self._access.load(payloads)
+        runs = tuple(loan.nbytes // pull.length for loan in loans)
         await self._send(Ready(first, runs, tuple(checksums), attempt))
-        for place, loan in zip(places, loans, strict=True):
+        for place, loan in zip(accumulate(runs, initial=0), loans, strict=False):
             await self._at_most_in_flight(IN_FLIGHT - 1)
             send = self._connection.send_payload(slot_of(first + place, attempt), loan.buffer)
             send.add_done_callback(partial(self._sent, loan))

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +49,26 @@ def load_ucxx() -> ModuleType:
     return module
 
 
+def resources_of(info: str) -> list[str]:
+    """Of a context, as it prints itself: transport and device, as in "tcp/eth0"."""
+    return list(dict.fromkeys(re.findall(r"resource \d+ .* flags \S+ (\S+)", info)))
+
+
+def carries_device_memory(resources: Sequence[str]) -> bool:
+    """Whether UCX tells device memory from host memory. Without it a device's address is read as one of the host.
+    The context's own `cuda_support` says what UCX_TLS allows, not what was found."""
+    return any(resource.startswith("cuda_copy/") for resource in resources)
+
+
+def device_way(resources: Sequence[str]) -> str:
+    """For the log, which can't see the lane of a transfer: how device memory goes."""
+    if not carries_device_memory(resources):
+        return "is not known to it"
+    if any(resource.startswith("cuda_ipc/") for resource in resources):
+        return "goes by cuda_ipc between processes of one host"
+    return "is carried without cuda_ipc, so slowly on one host"
+
+
 class UcxDriver:
     """A UCX context and worker, and the futures of the requests under way on it."""
 
@@ -60,8 +81,13 @@ class UcxDriver:
         context = self.ucx.UCXContext({})
         self.worker: Any = self.ucx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
         self.worker.init_blocking_progress_mode()
-        self.lanes = ", ".join(dict.fromkeys(re.findall(r"flags -- (\S+)", context.info)))
-        self.carries_device_memory = bool(context.cuda_support)
+        resources = resources_of(context.info)
+        self.lanes = ", ".join(resources)
+        self.carries_device_memory = carries_device_memory(resources)
+        logger.info(
+            "UCX %s can use %s; device memory %s", ".".join(map(str, self.ucx.get_ucx_version())),
+            self.lanes or "nothing", device_way(resources),
+        )  # fmt: skip
         self.truncated = (self.ucx.UCXMessageTruncatedError, self.ucx.UCXMsgTruncated)
         self._pending: list[tuple[Any, Any, asyncio.Future[None]]] = []
         self._poll_until = 0.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from engine.device_pool import TensorPool
+from engine.device_pool import TensorPool, expandable
 from kernels import pool_shape
 from kvtransfer.checksums import checksum_words
 
@@ -35,7 +35,36 @@ def test_checksums_are_those_of_the_host(kv: torch.Tensor) -> None:
     assert pool.checksums([8, 1, 3], 32, 1000) == expected
 
 
+def test_runs_of_blocks_are_gathered_and_scattered(kv: torch.Tensor) -> None:
+    pool, other = TensorPool(kv), TensorPool(torch.zeros_like(kv))
+    size = pool.block_bytes
+    buffers = [pool.device_buffer(3 * size)[1] for _ in range(2)]
+    assert pool.device_buffer(size)[0] != pool.address()
+    pool.gather([[7, 0], [3]], buffers)
+    other.scatter([[2, 8], [1]], buffers)
+    found = [memoryview(bytearray(size)) for _ in range(9)]
+    other.read([i * size for i in range(9)], found)
+    wanted = {2: 7, 8: 0, 1: 3}
+    for i, block in enumerate(found):
+        expected = kv[wanted[i]].view(torch.uint8).numpy().tobytes() if i in wanted else bytes(size)
+        assert bytes(block) == expected
+
+
 def test_its_address_and_size_are_those_of_the_tensor(kv: torch.Tensor) -> None:
     pool = TensorPool(kv)
     assert pool.address() == kv.data_ptr()
     assert (pool.num_blocks, pool.block_bytes) == (9, kv[0].numel() * 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, False),
+    ],
+)
+def test_expandable_segments_are_recognised(environment: dict[str, str], expected: bool) -> None:
+    assert expandable(environment) is expected
