@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +16,9 @@ from triton.runtime.errors import OutOfResources
 from kernels import AttentionShape
 from kernels.triton.backend import shape_of
 from kernels.triton.tune import candidates, tune
-from kernels.triton.tuning import Cut, Device, Shape, Tuning, default_decode, default_prefill, file_name
+from kernels.triton.tuning import FOLDER, Cut, Device, Shape, Tuning, default_decode, default_prefill, file_name
 
+ROOT = Path(__file__).parents[2]
 H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 << 10, (9, 0))
 LLAMA = AttentionShape(32, 8, 128, 16, torch.bfloat16, torch.bfloat16)
 FASTEST = {"decode": Cut(128, 16, 3, 8, 2), "prefill": Cut(64, 64, 1, 4, 3)}
@@ -70,3 +75,14 @@ def test_the_rule_is_tried_first(kernel: str) -> None:
     cuts = candidates(kernel, H100, shape_of(LLAMA))
     assert cuts[0] == (default_decode if kernel == "decode" else default_prefill)(H100, shape_of(LLAMA))
     assert len(set(cuts)) == len(cuts)
+
+
+def test_a_wheel_carries_the_measured_cuts(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "kernels" / "triton", tmp_path / "kernels" / "triton")
+    Tuning(H100).save(tmp_path / "kernels" / "triton" / FOLDER.name)
+    script = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    assert f"kernels/triton/tuned/{file_name(H100.name)}" in zipfile.ZipFile(wheel).namelist()
