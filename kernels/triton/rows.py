@@ -73,7 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         outer, inner, inner_stride = x.stride(0), 1, 0
     assert x.stride(-1) == 1 and weight.is_contiguous()
     columns = triton.next_power_of_2(width)
-    block = min(max(1, ELEMENTS // columns), triton.next_power_of_2(rows))
+    block = max(1, ELEMENTS // columns)
     _rms_norm_kernel[(triton.cdiv(rows, block),)](
         x, outer, inner_stride, weight, out, rows, eps, INNER=inner, WIDTH=width, ROWS=block, COLUMNS=columns,
         num_warps=_warps(block * columns),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.errors import OutOfResources
 
 from kernels import AttentionShape
 from kernels.triton.backend import shape_of
@@ -27,7 +27,7 @@ FASTEST = {"decode": Cut(128, 16, 3, 8, 2), "prefill": Cut(64, 64, 1, 4, 3)}
 def measure(kernel: str, cut: Cut) -> float:
     """As if one cut were faster than the others, and some did not fit."""
     if cut.stages == 4:
-        raise OutOfResources(240 << 10, 227 << 10, "shared memory")
+        return math.inf
     return 1e-3 if cut == FASTEST[kernel] else 2e-3
 
 
@@ -65,7 +65,7 @@ def test_the_rule_fits_any_device(head_dim: int, group: int, dtype: str, shared:
     shape, device = Shape(head_dim, group, 16, wide, dtype), replace(H100, shared_bytes=shared)
     cut = default_decode(device, shape)
     step = 2 * cut.tokens * shape.padded_dim * getattr(torch, dtype).itemsize
-    assert cut.stages * cut.programs * step <= shared and cut.rows >= group
+    assert (cut.stages - 1) * cut.programs * step <= shared and cut.rows >= group
     cut = default_prefill(device, shape)
     assert cut.rows >= group and cut.stages >= 1
 
