@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kernels import AttentionShape, SampleParams
-from kernels.triton import transfer
+from kernels.triton import rows, transfer
 from kernels.triton.backend import TritonKernels
 from kernels.triton.tuning import Device, Tuning
 from tests.kernels.cases import LAYER, PagedCase, paged_case
@@ -66,6 +66,8 @@ def every_kernel(kernels: TritonKernels, fp8: bool) -> None:
     kernels.rms_norm(x, x[0], 1e-5)
     kernels.add_rms_norm(x, x.clone(), x[0], 1e-5)
     kernels.silu_mul(x)
+    if fp8:
+        rows.quantize_rows(x)
     row = torch.ones(4)
     params = SampleParams(row, row.int(), row, row, row.double())
     kernels.sample(torch.ones(4, 128_256), params)
