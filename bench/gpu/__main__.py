@@ -3,9 +3,10 @@
     python -m bench.gpu [--out FILE] [--parts NAME ...] [--tuned FOLDER]
 
 Every ratio is against a ceiling that the same call measures: a copy on the device, a matrix product, or another
-library on the same data. A part that fails prints its traceback and the others go on; a part whose package is
-missing says so. Medians of repeated runs. ``--dry-run`` runs every part on tiny shapes on the CPU, with
-TRITON_INTERPRET=1 in the environment: it proves that they run, its figures mean nothing.
+library on the same data. Rows appear as they are known, medians of repeated runs. Parts come in the order of their
+weight, each with a limit of its own; what was not done in time is a row that says so. A part that fails prints its
+traceback and the others go on; a part whose package is missing says so. ``--dry-run`` runs every part on tiny
+shapes on the CPU, with TRITON_INTERPRET=1 in the environment: it proves that they run, its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import faulthandler
 import gc
 import importlib
 import json
+import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,62 +30,88 @@ from bench.gpu.measure import Bench, Line
 from bench.gpu.scale import FULL, TINY
 from kernels.triton.backend import TritonKernels
 
-SECONDS = 400.0  # later parts are left out
-END_SECONDS = 470.0  # a part that hangs ends the call
+SECONDS = 450.0  # of the parts together; later ones are left out
+END_SECONDS = 475.0  # a part that hangs in the device's driver ends the call
 
-
-# Modules and functions; a module is imported by its part: what one needs may be missing on a bare machine.
+# Modules, functions and most seconds. A module is imported by its part: what one needs may be missing on a bare
+# machine. First the rows that have a target, then the others; limits are several times what a part should take.
 PARTS = {
-    "ceilings": ("measure", "ceilings"),
-    "tuning": ("attention", "tuning"),
-    "decode-attention": ("attention", "decode_attention"),
-    "prefill-attention": ("attention", "prefill_attention"),
-    "blocks": ("attention", "block_kernels"),
-    "steps": ("steps", "steps"),
-    "equality": ("workers", "equality"),
-    "transfer": ("workers", "transfer"),
-    "streams": ("workers", "streams"),
-    "generate": ("peers", "generate"),
-    "continuous": ("peers", "continuous"),
+    "ceilings": ("measure", "ceilings", 30.0),
+    "decode-attention": ("attention", "decode_attention", 60.0),
+    "prefill-attention": ("attention", "prefill_attention", 45.0),
+    "steps": ("steps", "steps", 90.0),
+    "transfer": ("workers", "transfer", 90.0),
+    "streams": ("workers", "streams", 120.0),
+    "continuous": ("peers", "continuous", 60.0),
+    "generate": ("peers", "generate", 60.0),
+    "equality": ("workers", "equality", 60.0),
+    "checks": ("checks", "checks", 90.0),
+    "blocks": ("attention", "block_kernels", 20.0),
+    "tuning": ("attention", "tuning", 90.0),
 }
 
 
 def measure(bench: Bench, names: Sequence[str], out: Path | None = None) -> list[Line]:
     """The named parts in order; what they gave so far is kept in ``out``."""
     began, lines = time.monotonic(), list[Line]()
+
+    def keep(line: Line) -> None:
+        show(line)
+        lines.append(line)
+        if out is not None:
+            out.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+
     for name in names:
-        if time.monotonic() - began > SECONDS:
-            lines.append(Line(name, "left out: no time"))
-            continue
-        found: list[Line] = []
-        try:
-            with torch.no_grad():
-                found = _part(name)(bench)
-        except Exception:  # the other parts are worth having
-            traceback.print_exc()
-            found = [Line(name, "failed: see the traceback")]
-        show(found)
-        lines += found
+        _run(bench, name, SECONDS - (time.monotonic() - began), keep)
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-        if out is not None:
-            out.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
     return lines
 
 
-def _part(name: str) -> Callable[[Bench], list[Line]]:
-    module, function = PARTS[name]
-    part: Callable[[Bench], list[Line]] = getattr(importlib.import_module(f"bench.gpu.{module}"), function)
-    return part
+def _run(bench: Bench, name: str, left: float, keep: Callable[[Line], None]) -> None:
+    """The rows of one part, and one more if it was not done."""
+    module, function, most = PARTS[name]
+    most, began = min(most, left), time.monotonic()
+    if left <= 0:
+        keep(Line(name, "left out: no time"))
+        return
+    try:
+        with torch.no_grad(), limited(most):
+            part: Callable[[Bench], Iterator[Line]] = getattr(
+                importlib.import_module(f"bench.gpu.{module}"), function
+            )
+            for line in part(bench):
+                keep(line)
+    except Exception:  # the other parts are worth having
+        traceback.print_exc()
+        late = time.monotonic() - began >= most
+        keep(Line(name, f"stopped after {most:.0f} s, unfinished" if late else "failed: see the traceback"))
 
 
-def show(lines: list[Line]) -> None:
-    for line in lines:
-        ratio = "" if line.ratio is None else f"{line.ratio:.3g}"
-        target = "" if line.target is None else f"{'<=' if line.most else '>='} {line.target:.3g}"
-        print(f"{line.what:<64}{line.value:<34}{ratio:>8}{target:>9}")
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """TimeoutError after so long, in whatever runs then; another's alarm goes off as it would have."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    began, handler = time.monotonic(), signal.signal(signal.SIGALRM, late)
+    others, _interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if others:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, others - (time.monotonic() - began)))
+
+
+def show(line: Line) -> None:
+    ratio = "" if line.ratio is None else f"{line.ratio:.3g}"
+    target = "" if line.target is None else f"{'<=' if line.most else '>='} {line.target:.3g}"
+    print(f"{line.what:<64}{line.value:<34}{ratio:>8}{target:>9}", flush=True)
 
 
 def main() -> None:
@@ -100,7 +129,8 @@ def main() -> None:
     faulthandler.dump_traceback_later(END_SECONDS, exit=True)
     lines = measure(bench, options.parts, options.out)
     print(f"\n{'what':<64}{'measured':<34}{'ratio':>8}{'target':>9}")
-    show(lines)
+    for line in lines:
+        show(line)
     if options.tuned is not None and isinstance(bench.kernels, TritonKernels):
         print(f"cuts kept in {bench.kernels.tuning.save(options.tuned)}")
 

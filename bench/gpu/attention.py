@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,26 +19,26 @@ from kernels.triton.tune import measure_on_gpu, tune
 BLOCK = 16
 
 
-def tuning(bench: Bench) -> list[Line]:
-    """Searches for better cuts than the rule's, and works with them from here on."""
+def tuning(bench: Bench) -> Iterator[Line]:
+    """Searches for better cuts than the rule's."""
     model, kernels = bench.scale.model, bench.kernels
     assert isinstance(kernels, TritonKernels)
     if bench.device.type != "cuda":
-        return [Line("tuned cuts", "not on a CPU")]
+        yield Line("tuned cuts", "not on a CPU")
+        return
     shape = AttentionShape(
         model.num_heads, model.num_kv_heads, model.head_dim, BLOCK, bench.scale.dtype, bench.scale.dtype
     )
-    measure, lines = measure_on_gpu(kernels.tuning.device, shape), []
+    measure = measure_on_gpu(kernels.tuning.device, shape)
     known = shape_of(shape)
     before = {"decode": kernels.tuning.decode(known), "prefill": kernels.tuning.prefill(known)}
     for kernel, best in tune(kernels.tuning, shape, measure, bench.scale.tuned_cuts).items():
         gain = measure(kernel, before[kernel]) / best
         cut = getattr(kernels.tuning, kernel)(known)
-        lines.append(Line(f"tuned {kernel}: {cut}", f"{best * 1e6:.0f} us", gain))
-    return lines
+        yield Line(f"tuned {kernel}: {cut}", f"{best * 1e6:.0f} us", gain)
 
 
-def decode_attention(bench: Bench) -> list[Line]:
+def decode_attention(bench: Bench) -> Iterator[Line]:
     model, dtype, layers = bench.scale.model, bench.scale.dtype, 2
     sequences, context = bench.scale.decode_sequences, bench.scale.decode_context
     heads, kv_heads, dim = model.num_heads, model.num_kv_heads, model.head_dim
@@ -55,19 +57,17 @@ def decode_attention(bench: Bench) -> list[Line]:
         for layer in range(layers):  # together more than the cache holds
             bench.kernels.paged_attention(q, pool, layer, batch, scale)
 
+    yield Line("decode attention, error to float64", f"{wrong:.1e}", wrong, 1e-2, most=True)
     taken = bench.seconds(ours) / layers
     num_bytes = 2 * sequences * context * kv_heads * dim * kv.element_size()
+    yield Line("decode attention / copy", f"{taken * 1e6:.0f} us", num_bytes / taken / bench.copy_rate, 0.85)
     gathered = bench.seconds(lambda: F.scaled_dot_product_attention(q.unsqueeze(2), k, v, enable_gqa=True))
-    lines = [
-        Line("decode attention, error to float64", f"{wrong:.1e}", wrong, 1e-2, most=True),
-        Line("decode attention / copy", f"{taken * 1e6:.0f} us", num_bytes / taken / bench.copy_rate, 0.85),
-        Line("the same / torch SDPA, gathered KV", f"{gathered * 1e6:.0f} us", gathered / taken, 2.0),
-        _flashinfer(bench, q, k, v, taken),
-    ]
+    yield Line("the same / torch SDPA, gathered KV", f"{gathered * 1e6:.0f} us", gathered / taken, 2.0)
+    yield _flashinfer(bench, q, k, v, taken)
     small = kv.float().to(torch.float8_e4m3fn)
     eight = bench.seconds(lambda: ours(small)) / layers
     rate = num_bytes // kv.element_size() / eight / bench.copy_rate
-    return [*lines, Line("decode attention over fp8 KV / copy", f"{eight * 1e6:.0f} us", rate)]
+    yield Line("decode attention over fp8 KV / copy", f"{eight * 1e6:.0f} us", rate)
 
 
 def contiguous(kv: Tensor, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
@@ -82,10 +82,22 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _flashinfer(bench: Bench, q: Tensor, k: Tensor, v: Tensor, taken: float) -> Line:
+    name = "the same / FlashInfer"
     try:
-        import flashinfer
-    except ImportError:
-        return Line("the same / FlashInfer", "skipped: flashinfer is not installed")
+        theirs = _flashinfer_seconds(bench, q, k, v)
+    except ImportError as error:
+        return Line(name, f"skipped: {error}")
+    except TimeoutError:  # the part's
+        raise
+    except Exception as error:  # it compiles its kernels when it is first called, and may not be able to
+        traceback.print_exc()
+        return Line(name, f"it failed: {type(error).__name__}")
+    return Line(name, f"{theirs * 1e6:.0f} us", theirs / taken, 1.0)
+
+
+def _flashinfer_seconds(bench: Bench, q: Tensor, k: Tensor, v: Tensor) -> float:
+    import flashinfer
+
     sequences, kv_heads, context, dim = k.shape
     pages, device = sequences * context // BLOCK, bench.device
     cache = torch.stack((k, v), 1).view(sequences, 2, kv_heads, -1, BLOCK, dim)
@@ -99,12 +111,11 @@ def _flashinfer(bench: Bench, q: Tensor, k: Tensor, v: Tensor, taken: float) -> 
         torch.full((sequences,), BLOCK, dtype=torch.int32, device=device),
         q.shape[1], kv_heads, dim, BLOCK, q_data_type=q.dtype, kv_data_type=k.dtype,
     )  # fmt: skip
-    theirs = bench.seconds(lambda: wrapper.run(q, cache))
-    return Line("the same / FlashInfer", f"{theirs * 1e6:.0f} us", theirs / taken, 1.0)
+    return bench.seconds(lambda: wrapper.run(q, cache))
 
 
-def prefill_attention(bench: Bench) -> list[Line]:
-    lines, model, dtype, total = [], bench.scale.model, bench.scale.dtype, bench.scale.prefill
+def prefill_attention(bench: Bench) -> Iterator[Line]:
+    model, dtype, total = bench.scale.model, bench.scale.dtype, bench.scale.prefill
     heads, kv_heads, dim = model.num_heads, model.num_kv_heads, model.head_dim
     for sequences in (1, 8):
         rows = total // sequences
@@ -126,14 +137,13 @@ def prefill_attention(bench: Bench) -> list[Line]:
 
         exact = ReferenceKernels().paged_attention(q.float(), kv.float(), 0, batch, dim**-0.5)
         wrong = error(ours(), exact)
-        taken, theirs = bench.seconds(ours), bench.seconds(flash)
         name = f"prefill attention, {sequences * rows} tokens, {sequences} sequences"
-        lines.append(Line(f"{name}, error", f"{wrong:.1e}", wrong, 1e-2, most=True))
-        lines.append(Line(f"{name} / flash SDPA", f"{taken * 1e3:.2f} ms", theirs / taken, 0.8))
-    return lines
+        yield Line(f"{name}, error", f"{wrong:.1e}", wrong, 1e-2, most=True)
+        taken, theirs = bench.seconds(ours), bench.seconds(flash)
+        yield Line(f"{name} / flash SDPA", f"{taken * 1e3:.2f} ms", theirs / taken, 0.8)
 
 
-def block_kernels(bench: Bench) -> list[Line]:
+def block_kernels(bench: Bench) -> Iterator[Line]:
     """Gather, scatter and checksum of a long prompt's blocks."""
     model = bench.scale.model
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * bench.scale.dtype.itemsize
@@ -145,8 +155,6 @@ def block_kernels(bench: Bench) -> list[Line]:
     scatter = bench.seconds(lambda: transfer.scatter(pool, blocks, 0, staged))
     checksum = bench.seconds(lambda: transfer.checksums(pool, blocks, 0, pool.shape[1]))
     name = f"of {count} blocks / copy"
-    return [
-        Line(f"gather {name}", f"{gather * 1e3:.2f} ms", 2 * num_bytes / gather / bench.copy_rate),
-        Line(f"scatter {name}", f"{scatter * 1e3:.2f} ms", 2 * num_bytes / scatter / bench.copy_rate),
-        Line(f"checksum {name}", f"{checksum * 1e3:.2f} ms", num_bytes / checksum / bench.copy_rate),
-    ]
+    yield Line(f"gather {name}", f"{gather * 1e3:.2f} ms", 2 * num_bytes / gather / bench.copy_rate)
+    yield Line(f"scatter {name}", f"{scatter * 1e3:.2f} ms", 2 * num_bytes / scatter / bench.copy_rate)
+    yield Line(f"checksum {name}", f"{checksum * 1e3:.2f} ms", num_bytes / checksum / bench.copy_rate)

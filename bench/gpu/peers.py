@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from bench.gpu.scale import Scale
 SHORT, LONG = 8, 40  # tokens of two calls: their difference is decoding alone
 
 
-def generate(bench: Bench) -> list[Line]:
+def generate(bench: Bench) -> Iterator[Line]:
     """Tokens a second of greedy decoding against our engine's in the same call."""
-    lines, model = [], _model(bench)
+    model = _model(bench)
     for sequences in bench.scale.step_sequences:
         ids = torch.randint(5, bench.scale.model.vocab_size, (sequences, bench.scale.step_context))
         ids, mask = ids.to(bench.device), torch.ones_like(ids).to(bench.device)
@@ -26,25 +27,26 @@ def generate(bench: Bench) -> list[Line]:
                 pad_token_id=0,
             )  # fmt: skip
 
-        lines.append(_line(bench, "transformers generate", sequences, _decoding(run)))
-    return lines
+        yield _line(bench, "transformers generate", sequences, _decoding(run))
 
 
-def continuous(bench: Bench) -> list[Line]:
+def continuous(bench: Bench) -> Iterator[Line]:
     """The same by ``generate_batch``."""
     if bench.device.type != "cuda":
-        return [Line("transformers continuous batching", "not on a CPU: it takes all of its memory")]
+        yield Line("transformers continuous batching", "not on a CPU: it takes all of its memory")
+        return
     from transformers import GenerationConfig
 
-    sequences, model = bench.scale.step_sequences[len(bench.scale.step_sequences) // 2], _model(bench)
-    prompts = torch.randint(5, bench.scale.model.vocab_size, (sequences, bench.scale.step_context)).tolist()
+    model = _model(bench)
+    for sequences in bench.scale.step_sequences:
+        prompts = torch.randint(5, bench.scale.model.vocab_size, (sequences, bench.scale.step_context)).tolist()
 
-    def run(tokens: int) -> None:
-        config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        done = model.generate_batch(prompts, generation_config=config)
-        assert all(len(output.generated_tokens) == tokens for output in done.values())
+        def run(tokens: int, prompts: list[list[int]] = prompts) -> None:
+            config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+            done = model.generate_batch(prompts, generation_config=config)
+            assert all(len(output.generated_tokens) == tokens for output in done.values())
 
-    return [_line(bench, "transformers continuous batching", sequences, _decoding(run))]
+        yield _line(bench, "transformers continuous batching", sequences, _decoding(run))
 
 
 def _model(bench: Bench) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from statistics import median
 
 import torch
@@ -13,7 +14,7 @@ from engine import EngineRequest, SamplingParams
 from engine.core import Engine
 
 
-def steps(bench: Bench) -> list[Line]:
+def steps(bench: Bench) -> Iterator[Line]:
     """Decode, prefill, and how long the GPU waits for Python."""
     scale, model = bench.scale, bench.scale.model
     engine = bench.engine(
@@ -21,24 +22,24 @@ def steps(bench: Bench) -> list[Line]:
         gpu_memory_utilization=0.85,
     )  # fmt: skip
     engine.warm_up()
-    files, lines = RandomFiles(model, bench.device), []
+    files = RandomFiles(model, bench.device)
     for sequences in scale.step_sequences:
         wall, _busy = decode(engine, sequences, scale.step_context, scale.steps)
         bench.results[f"decode {sequences}"] = sequences / wall
         held = sequences * (scale.step_context + scale.steps) * engine.runner.layout.token_bytes
         rate = (files.weight_bytes(scale.dtype.itemsize) + held) / wall  # bytes that must be read, a second
         value = f"{wall * 1e3:.2f} ms, {sequences / wall:.0f} tokens/s"
-        lines.append(Line(f"decode step, {sequences} sequences / copy", value, rate / bench.copy_rate, 0.8))
+        yield Line(f"decode step, {sequences} sequences / copy", value, rate / bench.copy_rate, 0.8)
     wall, busy = decode(engine, scale.idle_sequences, scale.step_context, scale.steps)
     name = f"GPU idle in a decode step, {scale.idle_sequences} sequences"
-    lines.append(Line(name, f"{wall * 1e3:.2f} ms", 1 - busy / wall, 0.03, most=True))
+    yield Line(name, f"{wall * 1e3:.2f} ms", 1 - busy / wall, 0.03, most=True)
     taken = prefill(engine, scale.prefill, min(4, scale.rounds))
     rows = scale.prefill
     products = 2 * rows * model.num_layers * files.layer_weights
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * rows * (rows + 1) // 2
     rate = (products + attention) / taken
     name = f"prefill step, {rows} tokens / matrix product"
-    return [*lines, Line(name, f"{taken * 1e3:.0f} ms", rate / bench.matrix_rate, 0.7)]
+    yield Line(name, f"{taken * 1e3:.0f} ms", rate / bench.matrix_rate, 0.7)
 
 
 def decode(engine: Engine, sequences: int, context: int, count: int) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.interface import UNSCALED, KvScales
 from kernels.triton.softmax import attend
-from kernels.triton.tuning import Cut
+from kernels.triton.tuning import VARYING, Cut, padded_sequences
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _row_of_tiles(
     return tiles, tl.cumsum(tiles * KV_HEADS, 0), tl.sum(tiles * KV_HEADS, 0)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "table_row"], do_not_specialize_on_alignment=VARYING)
 def _decode_kernel(
     q_ptr, q_row, q_head,
     kv_ptr, kv_block, kv_head, kv_value, kv_token,
@@ -92,7 +92,7 @@ def _decode_kernel(
         pair += 1
 
 
-@triton.jit(do_not_specialize=["num_sequences", "programs"])
+@triton.jit(do_not_specialize=["num_sequences", "programs"], do_not_specialize_on_alignment=VARYING)
 def _combine_kernel(
     out_ptr, out_row,
     contexts_ptr, num_sequences, programs,
@@ -159,10 +159,11 @@ def decode(
     kv_heads, block_tokens = kv.shape[1], kv.shape[4]
     group = heads // kv_heads
     dim = max(16, triton.next_power_of_2(head_dim))
-    padded = triton.next_power_of_2(sequences)
+    padded = padded_sequences(sequences)
     partials = sequences * kv_heads + programs
     acc = torch.empty((partials, group, head_dim), dtype=torch.float32, device=q.device)
-    top, total = torch.empty((2, partials, group), dtype=torch.float32, device=q.device)
+    top = torch.empty((partials, group), dtype=torch.float32, device=q.device)
+    total = torch.empty_like(top)  # apart from ``top``: aligned alike in every call
     strides = kv.stride()
     scale *= kv_scales.k
     _decode_kernel[(programs,)](

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kernels.interface import UNSCALED, KvScales
 from kernels.triton.softmax import attend
-from kernels.triton.tuning import Cut
+from kernels.triton.tuning import VARYING, Cut, padded_sequences
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "table_row"], do_not_specialize_on_alignment=VARYING)
 def _prefill_kernel(
     q_ptr, q_row, q_head,
     kv_ptr, kv_block, kv_head, kv_value, kv_token,
@@ -107,7 +107,7 @@ def prefill(
         kv[:, :, layer], strides[0], strides[1], strides[3], strides[4],
         block_tables, block_tables.stride(0), query_start, context_lens, sequences,
         out, out.stride(0), scale if soft_cap is not None else scale * 1.4426950408889634, kv_scales.v,
-        SEQUENCES=triton.next_power_of_2(sequences), GROUP=group, ROWS=cut.rows,
+        SEQUENCES=padded_sequences(sequences), GROUP=group, ROWS=cut.rows,
         BLOCK_TOKENS=block_tokens, HEAD_DIM=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)),
         TOKENS=cut.tokens, WINDOW=window, SOFT_CAP=soft_cap,
         WIDE=triton.knobs.runtime.interpret, STAGES=cut.stages,

@@ -1,4 +1,4 @@
-"""Functions of single rows: RMS norm, with the residual or without, and the gated activation.
+"""Functions of single rows: RMS norm, with the residual or without, the gated activation, and rounding to float8.
 
 Knows rows and their strides. Invariant: a row's result depends on that row alone, not on its company.
 """
@@ -57,6 +57,20 @@ def _silu_mul_kernel(x_ptr, x_row, out_ptr, WIDTH: tl.constexpr, COLUMNS: tl.con
     tl.store(out_ptr + row * WIDTH + column, (gate * sigmoid * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _quantize_kernel(x_ptr, x_row, out_ptr, scales_ptr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    x = tl.load(x_ptr + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    top = tl.max(tl.abs(x), 0)
+    scale = tl.maximum(tl.div_rn(top, tl.full([], 448.0, tl.float32)), 1e-12)
+    broken = tl.sum((x != x).to(tl.int32), 0) > 0  # max passes over what is not a number
+    tl.store(scales_ptr + row, tl.where(broken, float("nan"), scale))
+    x = tl.minimum(tl.maximum(tl.div_rn(x, scale + tl.zeros_like(x)), -448.0), 448.0)
+    tl.store(out_ptr + row * WIDTH + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x [..., D]``, the last dimension dense; at most two others, or all contiguous. ``[..., D]`` contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -73,7 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         outer, inner, inner_stride = x.stride(0), 1, 0
     assert x.stride(-1) == 1 and weight.is_contiguous()
     columns = triton.next_power_of_2(width)
-    block = min(max(1, ELEMENTS // columns), triton.next_power_of_2(rows))
+    block = max(1, ELEMENTS // columns)
     _rms_norm_kernel[(triton.cdiv(rows, block),)](
         x, outer, inner_stride, weight, out, rows, eps, INNER=inner, WIDTH=width, ROWS=block, COLUMNS=columns,
         num_warps=_warps(block * columns),
@@ -105,6 +119,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
             gate_up, gate_up.stride(0), out, WIDTH=width, COLUMNS=columns, num_warps=_warps(columns)
         )
     return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `kernels.fp8.quantize_channels`: ``x [T, K]``, dense rows -> e4m3 ``[T, K]``, float32 scales ``[T]``."""
+    rows, width = x.shape
+    assert x.stride(1) == 1
+    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        columns = triton.next_power_of_2(width)
+        _quantize_kernel[(rows,)](
+            x, x.stride(0), out, scales, WIDTH=width, COLUMNS=columns, num_warps=_warps(columns)
+        )
+    return out, scales
 
 
 def _warps(elements: int) -> int:

@@ -25,12 +25,13 @@ def attend(
     SOFT_CAP: tl.constexpr,  # scores are cap * tanh(score / cap); None: as they are
     MASKED: tl.constexpr,  # False: all rows see all tokens of the range
     WIDE: tl.constexpr,  # multiply in float32: the interpreter has no products of bfloat16
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr,  # steps under way at once; 1: none is loaded ahead
 ):  # fmt: skip
     dims = tl.arange(0, DIM)
     if WIDE:
         q = q.to(tl.float32)
-    for start in tl.range(begin, end, TOKENS, num_stages=STAGES):
+    # a step's K and V wait for their block ids, so each of them takes two of Triton's stages
+    for start in tl.range(begin, end, TOKENS, num_stages=2 * STAGES - 1):
         tokens = start + tl.arange(0, TOKENS)
         if MASKED:
             blocks = tl.load(table_ptr + tokens // BLOCK_TOKENS, mask=tokens < seen, other=0)

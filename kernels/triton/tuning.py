@@ -1,19 +1,22 @@
 """How the attention kernels are cut for a device: measured cuts from a file, and a rule for all other shapes.
 
 Owns the numbers and their files, ``tuned/{device}.json`` beside this module. Knows no kernels. Invariant: what
-``decode`` and ``prefill`` give for a shape is the same in every call, and fits the device's shared memory.
+``decode`` and ``prefill`` give for a shape changes only by ``keep``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent / "tuned"
+# A step's arrays begin anywhere in one buffer: a kernel compiled for one alignment would be compiled again.
+VARYING = ("tables_ptr", "starts_ptr", "contexts_ptr")
+LEAST_SEQUENCES = 64  # that a kernel is compiled for: fewer cost as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Cut:
     rows: int  # queries times grouped heads of one program; decode: what the group is padded to
     programs: int  # on one multiprocessor; only decode has a fixed number
     warps: int
-    stages: int  # loads in flight
+    stages: int  # steps under way at once; 1: none is loaded ahead
 
 
 class Tuning:
@@ -98,12 +101,28 @@ class Tuning:
         self._measured.setdefault(kernel, {})[shape] = cut
 
 
+def padded_sequences(sequences: int) -> int:
+    """For how many the kernels are compiled: few numbers, so that steps of other sizes find them compiled."""
+    return max(LEAST_SEQUENCES, 1 << (sequences - 1).bit_length())
+
+
+def smaller(cut: Cut, shape: Shape) -> Cut | None:
+    """The next to try where ``cut`` takes more shared memory than there is. None: there is no smaller one."""
+    if cut.stages > 1:
+        return replace(cut, stages=cut.stages - 1)
+    if cut.tokens > 16:
+        return replace(cut, tokens=cut.tokens // 2)
+    if cut.rows > shape.padded_group:
+        return replace(cut, rows=cut.rows // 2)
+    return None
+
+
 def default_decode(device: Device, shape: Shape) -> Cut:
-    """16 KB of K and as much of V in one step, three steps in flight, two programs side by side where they fit."""
+    """16 KB of K and as much of V in one step, two steps loaded ahead, two programs side by side if they fit."""
     tokens = max(16, min(128, (16 << 10) // (shape.padded_dim * _bytes(shape.kv_dtype))))
     step = 2 * tokens * shape.padded_dim * _bytes(shape.kv_dtype)
-    stages = max(1, min(3, (device.shared_bytes - (8 << 10)) // step))
-    programs = 2 if 2 * stages * step <= device.shared_bytes else 1
+    stages = max(1, min(3, 1 + (device.shared_bytes - (8 << 10)) // step))
+    programs = 2 if 2 * (stages - 1) * step <= device.shared_bytes else 1
     return Cut(tokens=tokens, rows=shape.padded_group, programs=programs, warps=4, stages=stages)
 
 
@@ -114,7 +133,7 @@ def default_prefill(device: Device, shape: Shape) -> Cut:
     rows = max(rows, shape.padded_group)
     tokens = 64 if wide <= 512 else 32
     stages = 3
-    while stages > 1 and wide * (rows + 2 * tokens * stages) > device.shared_bytes - (8 << 10):
+    while stages > 1 and wide * (rows + 2 * tokens * (stages - 1)) > device.shared_bytes - (8 << 10):
         stages -= 1
     return Cut(tokens=tokens, rows=rows, programs=1, warps=8 if rows >= 128 else 4, stages=stages)
 

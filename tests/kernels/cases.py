@@ -36,14 +36,16 @@ def paged_case(
     block_tokens: int = 16,
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
-    seed: int = 0,
+    wider: int = 0,
 ) -> PagedCase:
-    """Blocks in random order, in a pool with a few more blocks than needed. ``kv_dtype``: by default ``dtype``."""
-    generator = torch.Generator().manual_seed(seed)
+    """Blocks in random order, in a pool with a few more blocks than needed. ``kv_dtype``: by default ``dtype``.
+    ``wider``: the block tables are columns of so much wider ones, whose rest names no block."""
     needed = [-(-context // block_tokens) for _, context in sequences]
     num_blocks = sum(needed) + 3
-    order = torch.randperm(num_blocks, generator=generator).tolist()
-    tables = torch.full((len(sequences), max(needed) + 1), order[-1], dtype=torch.int32)
+    order = torch.randperm(num_blocks).tolist()
+    columns = max(needed) + 1
+    tables = torch.full((len(sequences), columns + wider), 1 << 30, dtype=torch.int32)
+    tables = tables[:, wider // 2 : wider // 2 + columns].fill_(order[-1])
     kv = torch.full(pool_shape(num_blocks, kv_heads, LAYERS, block_tokens, head_dim), torch.nan).to(
         kv_dtype or dtype
     )
@@ -54,7 +56,7 @@ def paged_case(
         tables[s, : needed[s]] = torch.tensor(blocks, dtype=torch.int32)
         for i, block in enumerate(blocks):
             held = min(block_tokens, context - i * block_tokens)
-            values = torch.randn(kv_heads, LAYERS, 2, held, head_dim, generator=generator)
+            values = torch.randn(kv_heads, LAYERS, 2, held, head_dim)
             kv[block, :, :, :, :held] = values.to(kv_dtype or dtype)
         positions += range(context - rows, context)
         slots += [
@@ -73,7 +75,7 @@ def paged_case(
         max_context=max(context for _, context in sequences),
     )
     heads = kv_heads * group
-    qkv = torch.randn(sum(rows), (heads + 2 * kv_heads) * head_dim, generator=generator).to(dtype)
+    qkv = torch.randn(sum(rows), (heads + 2 * kv_heads) * head_dim).to(dtype)
     q, k, v = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
     return PagedCase(
         batch=batch,

@@ -25,10 +25,30 @@ BACKENDS: dict[str, Make] = {
     "triton": lambda: TritonKernels("cpu"),  # in the interpreter
     "cpu-threads": lambda: CpuKernels(threads=3),
 }
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LONG = (
+    "test_attention_of_a_mixed_batch", "test_attention_of_one_chunk", "test_attention_of_many_sequences",
+    "test_attention_with_scores_far_apart_does_not_overflow",
+)  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=list(BACKENDS))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "dtype" not in metafunc.fixturenames:
+        metafunc.parametrize("kernels", BACKENDS, indirect=True, scope="module")
+        return
+    test = metafunc.function.__name__
+    pairs = [(name, dtype) for name in BACKENDS for dtype in DTYPES if serves(name, dtype, test)]
+    ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in pairs]
+    metafunc.parametrize(("kernels", "dtype"), pairs, ids=ids, indirect=["kernels"], scope="module")
+
+
+def serves(name: str, dtype: torch.dtype, test: str) -> bool:
+    """The native CPU kernels leave float16 to the reference.
+    Triton is slow in its interpreter: its longest tests do without it."""
+    return dtype is not torch.float16 or not (name.startswith("cpu") or (name == "triton" and test in LONG))
+
+
+@pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "triton" and not triton.knobs.runtime.interpret:
         pytest.skip("Triton compiles here: see test_triton_gpu")
@@ -38,15 +58,10 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=DTYPES, ids=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
 def assert_near(got: Tensor, exact: Tensor, terms: int = 1) -> None:
     """Within a few roundings of the dtype; ``terms`` is how many products of unit size were summed."""
     assert got.shape == exact.shape
-    bound = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}[got.dtype]
+    bound = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}[got.dtype]
     torch.testing.assert_close(got.double(), exact, rtol=bound, atol=bound * terms**0.5)
 
 
@@ -151,7 +166,9 @@ def test_gate_up_is_the_linear_layer_and_its_activation(
     assert got.is_contiguous()
     gate, up = (x.double() @ (rounded if int8 else weight.double()).T + bias.double()).chunk(2, dim=1)
     # with int8 weights activations may be cut to 15 bits of their row's largest value
-    bound = 2e-2 if dtype is torch.bfloat16 else 1e-2 if int8 else 1e-5
+    bound = {torch.bfloat16: 2e-2, torch.float16: 1e-2 if int8 else 3e-3, torch.float32: 1e-2 if int8 else 1e-5}[
+        dtype
+    ]
     torch.testing.assert_close(got.double(), gate * gate.sigmoid() * up, rtol=bound, atol=bound)
 
 
@@ -168,7 +185,8 @@ def test_rms_norm_of_strided_heads(kernels: Kernels, dtype: torch.dtype) -> None
 
 
 def test_rms_norm_of_large_values_does_not_overflow(kernels: Kernels, dtype: torch.dtype) -> None:
-    x, weight = 1e15 * torch.randn(3, 64).to(dtype), torch.ones(64, dtype=dtype)
+    large = 1e4 if dtype is torch.float16 else 1e15
+    x, weight = (large * torch.randn(3, 64)).to(dtype), torch.ones(64, dtype=dtype)
     assert_near(kernels.rms_norm(x, weight, 1e-5), exact_rms_norm(x, weight, 1e-5))
 
 
@@ -263,6 +281,12 @@ def test_attention_with_scores_far_apart_does_not_overflow(kernels: Kernels, dty
     torch.testing.assert_close(got.double(), exact_attention(case), rtol=2e-2, atol=3e-2)
 
 
+def test_attention_by_columns_of_wider_tables(kernels: Kernels, dtype: torch.dtype) -> None:
+    case = paged_case([(1, 1), (1, 200), (3, 90)], dtype=dtype, wider=5)
+    assert not case.batch.block_tables.is_contiguous()
+    check_attention(kernels, case)
+
+
 MIXED = [(1, 1), (1, 40), (1, 200), (2, 90), (35, 120)]
 
 
@@ -293,19 +317,19 @@ def test_rope_kv_write_fills_a_float8_pool(kernels: Kernels, dtype: torch.dtype)
         rounded = (torch.randn(x.shape).sign() * (1 + 4 * torch.rand(x.shape))).to(torch.float8_e4m3fn)
         rounded[:, 0, 3] = -448.0
         x.copy_(rounded.float() * scale)
-        x[:, 0, 3] *= 1e6  # more than the type holds
+        x[:, 0, 3] *= 10  # more than the type holds
         expected[blocks, :, LAYER, i, offsets] = rounded.view(torch.uint8)
     kernels.rope_kv_write(case.q, case.k, case.v, cos_sin, case.kv, LAYER, case.batch, scales)
     assert torch.equal(case.kv.view(torch.uint8), expected)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_attention_of_any_batch(kernels: Kernels, dtype: torch.dtype, seed: int) -> None:
-    draw = random.Random(seed)
+@pytest.mark.parametrize("turn", range(3))
+def test_attention_of_any_batch(kernels: Kernels, dtype: torch.dtype, turn: int) -> None:
+    draw = random.Random(torch.initial_seed() + turn)
     rows = sorted(draw.choice([1, 1, 1, 2, 9, 50]) for _ in range(draw.randint(1, 8)))
     sequences = [(n, n + draw.randint(0, 150)) for n in rows]
     group, head_dim = draw.choice([1, 2, 3, 5, 16]), draw.choice([32, 64, 96, 112])
-    check_attention(kernels, paged_case(sequences, group=group, head_dim=head_dim, dtype=dtype, seed=seed))
+    check_attention(kernels, paged_case(sequences, group=group, head_dim=head_dim, dtype=dtype))
 
 
 SAMPLINGS = [  # temperature, top_k, top_p, min_p

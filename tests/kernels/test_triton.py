@@ -9,8 +9,10 @@ import torch
 import triton
 
 from kernels import AttentionShape, load_kernels
+from kernels.fp8 import quantize_channels
 from kernels.triton import transfer
 from kernels.triton.backend import TritonKernels
+from kernels.triton.rows import quantize_rows
 from kernels.triton.tuning import INTERPRETER, Tuning
 from kvtransfer.checksums import checksum_words
 
@@ -72,3 +74,26 @@ def test_a_checksum_notices_a_bit_and_a_swap() -> None:
     pool[1, 1234] ^= 1 << 30
     pool[2, 10], pool[2, 11] = 11, 10
     assert len(set(transfer.checksums(pool, torch.arange(3), 0, 3000).tolist())) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (5, 576), (3, 1001)])
+def test_rows_are_rounded_to_float8_as_the_reference_rounds_them(
+    dtype: torch.dtype, rows: int, width: int
+) -> None:
+    # values that need no rounding: the interpreter loses the carry
+    x = torch.randn(rows, width + 7).clamp(-3, 3).to(torch.float8_e4m3fn).float()
+    x[:, 0] = torch.tensor([448.0, -448.0])[torch.arange(rows) % 2]
+    x = (x * torch.logspace(-5, 3, rows, base=2).unsqueeze(1)).to(dtype)[:, :width]
+    rounded, scales = quantize_rows(x)
+    expected, expected_scales = quantize_channels(x)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(rounded.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, on the way
+def test_a_row_that_is_not_finite_has_no_finite_scale_and_zeros_stay_zeros() -> None:
+    x = torch.tensor([[1.0, torch.nan, 2.0], [torch.inf, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    rounded, scales = quantize_rows(x)
+    assert torch.isfinite(scales).tolist() == [False, False, True]
+    assert not rounded[2].float().any() and scales[2] > 0

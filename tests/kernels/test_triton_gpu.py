@@ -13,6 +13,7 @@ from kernels.fp8 import Fp8Linear, pack_linear_fp8, quantize_channels
 from kernels.interface import KvScales
 from kernels.triton import transfer
 from kernels.triton.backend import TritonKernels
+from kernels.triton.rows import quantize_rows
 from kvtransfer.checksums import checksum_words
 from tests.kernels.cases import LAYER, PagedCase, exact_rms_norm, exact_rope, paged_case
 from tests.kernels.test_contract import SAMPLINGS, exact_sample
@@ -20,6 +21,7 @@ from tests.kernels.test_contract import SAMPLINGS, exact_sample
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.filterwarnings("ignore:.*[Dd]eterminis"),  # not asked for: outputs are poisoned that way
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -143,6 +145,19 @@ def test_blocks_are_gathered_scattered_and_checksummed() -> None:
     other = torch.zeros_like(pool)
     transfer.scatter(other, blocks, 1000, staged)
     assert torch.equal(other[blocks, 1000:501_000], staged) and not other[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 4096), (300, 14_336), (7, 1001)])
+def test_rows_are_rounded_to_float8_as_the_reference_rounds_them(
+    dtype: torch.dtype, rows: int, width: int
+) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    x = torch.randn(rows, width, dtype=dtype, device="cuda")
+    (rounded, scales), (expected, expected_scales) = quantize_rows(x), quantize_channels(x)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(rounded.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 300])
