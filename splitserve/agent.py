@@ -30,6 +30,7 @@ class AgentConfig:
 
     heartbeat_seconds: float = 1.0
     flush_seconds: float = 0.05
+    idle_flush_seconds: float = 0.2  # while there is nothing new: an idle worker sleeps
     max_transfers: int = 4096
 
 
@@ -136,11 +137,12 @@ class WorkerAgent:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        pause = self._config.flush_seconds
         try:
             while not self._superseded:
-                await self._step(loop.time())
+                said = await self._step(loop.time())
                 self._wake.clear()
-                pause = self._config.flush_seconds
+                pause = self._config.flush_seconds if said else min(2 * pause, self._config.idle_flush_seconds)
                 if self._outage_began is not None:
                     pause = max(pause, self._beat_due - loop.time())
                 await _wait(self._wake, pause)
@@ -148,18 +150,20 @@ class WorkerAgent:
             self._log.critical("the worker's agent failed: its lease will end", exc_info=True)
             raise
 
-    async def _step(self, now: float) -> None:
-        """Says what is new; after a failure, everything is said again."""
+    async def _step(self, now: float) -> bool:
+        """Says what is new, and whether there was anything; after a failure, everything is said again."""
+        said = False
         try:
             if now >= self._beat_due:
                 self._beat_due = now + self._config.heartbeat_seconds
                 await self._heartbeat()
             if not self._superseded:
-                await self._flush()
+                said = await self._flush()
         except Unavailable as error:
             self._outage(error)
         else:
             self._recovered()
+        return said
 
     async def _heartbeat(self) -> None:
         load = self._load()
@@ -175,8 +179,9 @@ class WorkerAgent:
             self._log.warning("the directory had forgotten this worker: announcing all blocks again")
             self._announce = True
 
-    async def _flush(self) -> None:
+    async def _flush(self) -> bool:
         filled, evicted = self._take_block_events()
+        said = bool(self._announce or filled or evicted or self._transfers)
         if self._announce:
             # Changes from here on come with later events, so none is missed; saying one twice does no harm.
             accepted = await self._directory.announce(self._info, list(self._all_blocks()))
@@ -188,6 +193,7 @@ class WorkerAgent:
         if self._transfers:
             transfers, self._transfers = self._transfers, []
             await self._directory.record_transfers(transfers)
+        return said
 
     def _outage(self, error: Unavailable) -> None:
         now = asyncio.get_running_loop().time()
