@@ -96,11 +96,9 @@ def test_layers_that_a_checkpoint_leaves_out_are_not_rounded(checkpoint: Path) -
     del config["quantization_config"]
     (checkpoint / "config.json").write_text(json.dumps(config))
     plain = LLM(str(checkpoint), **OPTIONS)
-    hidden = torch.randn(3, plain.engine.runner.model.config.hidden_size)
-    for one, other in zip(left_out.engine.runner.model._layers, plain.engine.runner.model._layers, strict=True):
-        assert torch.equal(one.qkv(hidden), other.qkv(hidden))
-        assert torch.equal(one.gate_up(hidden), other.gate_up(hidden))
-    assert tokens(left_out) == tokens(plain)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=5)
+    [one], [other] = (llm.generate([[7] * 40], params) for llm in (left_out, plain))
+    assert one.logprobs and one.logprobs == other.logprobs  # where tokens may be equal by chance
 
 
 def test_layers_that_are_computed_as_one_are_rounded_alike(checkpoint: Path) -> None:
