@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic
 
 from kvtransfer.access import Access, Buffer, DevicePool, DeviceSpan, Loan, Range, StraightAccess
-from kvtransfer.slots import Slots
+from kvtransfer.slots import Slot, Slots
 from kvtransfer.tasks import uninterrupted
 
 CHUNK = 16  # pinned slots, allocated together
@@ -29,11 +29,27 @@ def pinned_slots(pool: DevicePool, slot_bytes: int) -> Slots[memoryview]:
     return Slots([], more)
 
 
-class StagedAccess(Access):
+class _SlotAccess(Access, Generic[Slot]):
+    """What is lent from ``_slots``, until its release."""
+
+    gathers = True
+    _slots: Slots[Slot]
+    _lent: dict[Loan, Slot]
+
+    def release(self, loan: Loan) -> None:
+        slot = self._lent.pop(loan, None)
+        if slot is not None:
+            self._slots.give_back(slot)
+
+    def close(self) -> None:
+        for loan in list(self._lent):
+            self.release(loan)
+
+
+class StagedAccess(_SlotAccess[memoryview]):
     """Device memory, for a transport that knows host memory alone."""
 
     name = "device memory by way of pinned host memory"
-    gathers = True
 
     def __init__(self, pool: DevicePool, slots: Slots[memoryview]) -> None:
         self._pool, self._slots = pool, slots
@@ -65,24 +81,13 @@ class StagedAccess(Access):
                 place += length
         await uninterrupted(asyncio.to_thread(copy, offsets, parts))
 
-    def release(self, loan: Loan) -> None:
-        slot = self._lent.pop(loan, None)
-        if slot is not None:
-            self._slots.give_back(slot)
-
-    def close(self) -> None:
-        for loan in list(self._lent):
-            self.release(loan)
-
     def _buffer(self, start: int, nbytes: int) -> Buffer:
         raise AssertionError("staged ranges are lent slots")
 
 
-class GatheringAccess(StraightAccess):
+class GatheringAccess(_SlotAccess[DeviceSpan], StraightAccess):
     """Device memory, for a transport that carries it. A payload of one range is sent from the pool and received
     into it; the ranges of another one are copied together on the device, and apart again behind it."""
-
-    gathers = True
 
     def __init__(self, pool: DevicePool, slots: Slots[DeviceSpan]) -> None:
         super().__init__(pool)
@@ -123,12 +128,3 @@ class GatheringAccess(StraightAccess):
         size = self._pool.block_bytes
         assert all(start % size == length % size == 0 for start, length in ranges)
         return [block for start, length in ranges for block in range(start // size, (start + length) // size)]
-
-    def release(self, loan: Loan) -> None:
-        slot = self._lent.pop(loan, None)
-        if slot is not None:
-            self._slots.give_back(slot)
-
-    def close(self) -> None:
-        for loan in list(self._lent):
-            self.release(loan)
