@@ -13,7 +13,7 @@ from tests.chaos.nursery import Nursery
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-PROMPT, ANSWER, BLOCK_TOKENS = 300, 100, 16
+PROMPT, ANSWER, BLOCK_TOKENS = 120, 280, 16
 POOL = round(2.5 * (PROMPT + ANSWER) / BLOCK_TOKENS)  # blocks
 
 
