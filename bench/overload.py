@@ -1,7 +1,8 @@
 """More than a server can do: ``python -m bench.overload --base-url http://127.0.0.1:8000``.
 
 Finds the peak of the goodput with open loops at rising rates, then sends ``--factor`` times the rate of that peak
-for ``--seconds`` and, without a pause, half of it. Says how much of the peak is left under overload, how soon what
+for ``--seconds`` and, without a pause, half of it. The peak is measured as long as the overload, because a short
+load counts what is answered after its end. Says how much of the peak is left under overload, how soon what
 is too much is refused, and how soon after it every request is answered in time again. Poisson arrivals, fresh
 prompts; clients do not try again.
 """
@@ -28,7 +29,6 @@ from bench.serve import find_model
 from splitserve.errors import ConfigError
 
 _RISE = 1.3  # from one rate to the next
-_ENOUGH = 0.9  # of the best goodput: a rate that reaches less is past the peak
 _MOST_RATES = 12
 
 Make = Callable[[int], Sequence[Conversation]]  # so many conversations of one turn
@@ -82,18 +82,24 @@ async def at_rate(load: Load, rate: float, seconds: float) -> Outcome:
     return outcome(result.records, load.slo, seconds)
 
 
-async def find_peak(load: Load, rate: float, seconds: float, say: Callable[[str], None]) -> Outcome:
-    """The outcome with the most goodput, over rates that rise until it falls."""
-    best = await at_rate(load, rate, seconds)
+async def find_peak(load: Load, rate: float, search: float, seconds: float, say: Callable[[str], None]) -> Outcome:
+    """The outcome with the most goodput.
+
+    Rates rise, ``search`` seconds each, until the goodput falls. ``seconds`` at the best of them and at the one
+    below it, where the search may have flattered, decide.
+    """
+    best = await at_rate(load, rate, search)
     say(best.describe())
     for _ in range(_MOST_RATES):
-        rate *= _RISE
-        found = await at_rate(load, rate, seconds)
+        found = await at_rate(load, best.rate * _RISE, search)
         say(found.describe())
-        if found.goodput < _ENOUGH * best.goodput:
+        if found.goodput <= best.goodput:
             break
-        best = max(best, found, key=lambda each: each.goodput)
-    return best
+        best = found
+    peaks = [await at_rate(load, each, seconds) for each in (best.rate / _RISE, best.rate)]
+    for peak in peaks:
+        say(f"peak?    {peak.describe()}")
+    return max(peaks, key=lambda each: each.goodput)
 
 
 async def overload(load: Load, peak: Outcome, factor: float, seconds: float, after: float) -> Overload:
@@ -134,9 +140,9 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     p.add_argument("--vocab-size", type=int, default=32_000)
     p.add_argument("--goodput", nargs="+", default=["ttft:2500"], metavar="METRIC:MS")
     p.add_argument("--first-rate", type=float, default=0.5, help="where the search for the peak begins")
-    p.add_argument("--search-seconds", type=float, default=20.0, help="of each rate")
+    p.add_argument("--search-seconds", type=float, default=15.0, help="of each rate of the search")
     p.add_argument("--factor", type=float, default=10.0)
-    p.add_argument("--seconds", type=float, default=60.0, help="of overload")
+    p.add_argument("--seconds", type=float, default=60.0, help="of overload, and of its peak")
     p.add_argument("--after-seconds", type=float, default=15.0)
     p.add_argument("--seed", type=int)
     options = p.parse_args(arguments)
@@ -147,7 +153,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     load = Load(client, lambda count: random_prompts(tokens, count, lengths), Slo.parse(options.goodput), rng)
 
     async def measure() -> Overload:
-        peak = await find_peak(load, options.first_rate, options.search_seconds, say)
+        peak = await find_peak(load, options.first_rate, options.search_seconds, options.seconds, say)
         return await overload(load, peak, options.factor, options.seconds, options.after_seconds)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
 from router.backend import GenerationRequest, ModelSpec
@@ -22,6 +24,7 @@ from splitserve.hashing import BlockHash, block_hashes, chain_root
 
 log = logging.getLogger(__name__)
 
+_HITS = 32  # while there is no room, a prompt counts as cached as the best of so many before it, until looked up
 ANNOUNCE_SECONDS = 5.0  # from a first token until the directory surely knows the prompt's blocks
 
 
@@ -32,6 +35,7 @@ class Planner:
         self._config = config
         self._recent: RecentPrompts[BlockHash] = RecentPrompts()
         self._full: set[str] = set()  # models whose last plan was refused for lack of room
+        self._hits: dict[str, deque[float]] = {}  # of each model's last prompts, the cached part
 
     async def plan(
         self, request: GenerationRequest, spec: ModelSpec, tokens: Sequence[int], excluded: Collection[Incarnation]
@@ -54,12 +58,15 @@ class Planner:
             # log probabilities of a prompt need all of it computed, and only decode events carry them
             states = tuple(s for s in states if s.info.role == "decode")
             return plan(demand, {}, states, self._config)
-        if spec.name in self._full:  # under overload a refusal costs no hash and no round trip
+        hits = self._hits.setdefault(spec.name, deque([1.0], maxlen=_HITS))
+        if spec.name in self._full and not excluded:  # a refusal under overload costs no hash and no round trip
             usable = self._view.breakers.usable(states, now)
-            plan(demand, {s.info.id: len(tokens) for s in usable}, usable, self._config)
+            blocks = math.ceil(max(hits) * len(tokens) / spec.block_tokens)
+            plan(demand, {s.info.id: blocks for s in usable}, usable, self._config)
         root = chain_root(bytes.fromhex(spec.fingerprint), request.cache_salt)
         hashes = block_hashes(root, tokens, spec.block_tokens)
         owned = either(await self._owned(hashes, states), self._recent.longest_prefix(hashes, now))
+        hits.append(max(owned.values(), default=0) / max(1, len(hashes)))
         try:
             chosen = plan(demand, owned, self._view.breakers.usable(states, now), self._config)
         except Overloaded:

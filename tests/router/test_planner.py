@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from router.backend import GenerationRequest, ModelSpec
-from router.planner import Planner
+from router.planner import _HITS, Planner
 from router.policy import PolicyConfig
 from router.snapshot import ClusterView
-from splitserve.cluster import Role, WorkerInfo
+from splitserve.cluster import Role, WorkerInfo, WorkerLoad
 from splitserve.directory import Directory
 from splitserve.errors import InvalidRequest, Overloaded, Unavailable
 from splitserve.hashing import BlockHash, block_hashes, chain_root
@@ -75,28 +75,53 @@ async def test_a_prompt_that_the_decode_worker_knows_skips_the_prefill_worker(
     assert (plan.prefill, plan.uncached_decode) == (None, 20)
 
 
-async def test_under_overload_a_refusal_asks_nobody(
-    planner: Planner, spec: ModelSpec, directory: Directory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = 0
+@pytest.fixture
+def lookups(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of blocks of each look-up."""
+    asked: list[int] = []
     ask = directory.longest_prefix
 
     async def counted(hashes: Sequence[BlockHash], workers: Sequence[tuple[str, int]]) -> dict[str, int]:
-        nonlocal asked
-        asked += 1
+        asked.append(len(hashes))
         return await ask(hashes, workers)
 
     monkeypatch.setattr(directory, "longest_prefix", counted)
+    return asked
+
+
+async def test_under_overload_a_refusal_asks_nobody(planner: Planner, spec: ModelSpec, lookups: list[int]) -> None:
     roomy = planner._config
     planner._config = PolicyConfig(max_waiting=0)
     for _ in range(3):
         with pytest.raises(Overloaded):
             await planner.plan(request(), spec, TOKENS, ())
-    assert asked == 1
+    assert len(lookups) == 1
     planner._config = roomy
     for _ in range(2):
         await planner.plan(request(), spec, TOKENS, ())
-    assert asked == 3
+    assert len(lookups) == 3
+
+
+@pytest.mark.parametrize("cached_lately", [False, True])
+async def test_under_overload_a_prompt_is_looked_up_if_prompts_as_cached_as_the_last_had_room(
+    planner: Planner, spec: ModelSpec, directory: Directory, workers: list[WorkerInfo],
+    lookups: list[int], cached_lately: bool,
+) -> None:  # fmt: skip
+    for i in range(_HITS):
+        await planner.plan(request(salt=str(i)), spec, TOKENS, ())
+    if cached_lately:
+        await own(directory, workers[0], spec, 6, salt="cached")
+        await planner.plan(request(salt="cached"), spec, TOKENS, ())
+    # 0.2 s of work are queued: with 4 tokens to compute there is room, with 100 there is none
+    for worker in workers:
+        await directory.heartbeat(worker, WorkerLoad(queued_tokens=200, prefill_tokens_per_second=1000.0))
+    await planner._view.refresh()
+    planner._config = PolicyConfig(max_first_token_seconds=0.25)
+    before = len(lookups)
+    for _ in range(3):
+        with pytest.raises(Overloaded):
+            await planner.plan(request(salt="new"), spec, TOKENS, ())
+    assert len(lookups) - before == (3 if cached_lately else 1)
 
 
 async def test_blocks_of_another_salt_are_not_found(
