@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     shown = "not seen" if result.recovery is None else f"{result.recovery:.1f} s"
     say(f"goodput {kept:.0%} of the peak (>= 90 %), slowest refusal {slowest * 1e3:.0f} ms (<= 50)")
     say(f"recovery {shown} (<= 5 s)")
-    return 0 if kept >= 0.9 and recovered else 1
+    return 0 if kept >= 0.9 and slowest <= 0.05 and recovered else 1
 
 
 if __name__ == "__main__":
