@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # imports and weights leave next to nothing to find: on again once the engine has been made
+
 from decode_service.role import DecodeRole
 from engine import AsyncEngine, create_engine
 from kvtransfer import (

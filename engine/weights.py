@@ -16,9 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -30,6 +28,7 @@ from splitserve.models import cache_dir
 log = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
+_PIECE_VALUES = 1 << 18  # dequantised at a time: 1 MiB
 _DEQUANTISED_VALUES = 1 << 12  # in a row that gguf is given; it takes 16 rows at a time
 
 
@@ -148,13 +147,13 @@ class GgufFile:
         if tensor is None:
             return None
         try:
-            weight = torch.from_numpy(_dequantized(self._file, tensor))
+            weight = _dequantized(self._file, tensor, dtype)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ConfigError(f"{self._path.name}: the weight {name} can't be read: {error!r}") from error
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
         if heads and self.config.architecture == "llama":
             weight = _deinterleave(weight, heads)
-        return weight.to(dtype)
+        return weight
 
     def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
         return None
@@ -182,8 +181,11 @@ class GgufFile:
         return text, str(self._fields.get("tokenizer.chat_template", "")), special
 
 
-def _dequantized(file: GgufDirectory, tensor: StoredTensor) -> NDArray[np.float32]:
-    """The values in the tensor's shape, writable. Raises what gguf does for a type that it can't read."""
+def _dequantized(file: GgufDirectory, tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """The values in the tensor's shape. Raises what gguf does for a type that it can't read.
+
+    Piece by piece, because a large tensor's float32 values, which gguf makes twice, would cost more time as fresh
+    memory than as numbers."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -195,8 +197,14 @@ def _dequantized(file: GgufDirectory, tensor: StoredTensor) -> NDArray[np.float3
     # Blocks know nothing of rows: gguf is given such as keep numpy busy, not the tensor's own.
     row = math.gcd(blocks, max(1, _DEQUANTISED_VALUES // values))
     data = file.data(tensor.offset, blocks * size).reshape(-1, row * size)
-    found: NDArray[np.float32] = dequantize(data, kind).reshape(tensor.shape)
-    return found if found.flags.writeable else found.copy()
+    rows = max(1, _PIECE_VALUES // (row * values))
+    weight = torch.empty(len(data), row * values, dtype=dtype)
+    for first in range(0, len(data), rows):
+        piece = dequantize(data[first : first + rows], kind)
+        if not piece.flags.writeable:  # stored as numbers, so it is the file's own memory
+            piece = piece.copy()
+        weight[first : first + rows] = torch.from_numpy(piece)
+    return weight.reshape(tensor.shape)
 
 
 def _keep(path: Path, text: str) -> None:

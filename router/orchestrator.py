@@ -192,6 +192,8 @@ def _trouble(error: SplitServeError) -> Trouble | None:
             return None
         case PeerLost() | TransferFailed(reason="peer_lost"):  # of both, the transfer's connection may break first
             return Trouble.GONE
+        case TransferFailed(reason="connect"):
+            return Trouble.DOWN
         case TransferFailed():
             return Trouble.FAILED
         case Unavailable():

@@ -8,6 +8,7 @@ Invariant: health and directory say ready only while requests are accepted.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -154,6 +155,7 @@ async def run_worker(
         reachable = await advertised_host(config.host, config.advertise_host, config.redis_url)
         config = replace(config, advertise_host=reachable)
         engine, description = await asyncio.to_thread(load, config)
+        gc.enable()  # off while the process started
         metrics = EngineMetrics(registry, description.model, config.role)
         role = make_role(WorkerContext(config, description, registry, metrics), engine)
         await engine.start()

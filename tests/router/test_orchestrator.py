@@ -128,9 +128,10 @@ async def test_a_decode_that_breaks_in_the_middle_migrates(cluster: Open, fault:
         )
 
 
-async def test_transfers_lost_with_their_source_need_no_budget(cluster: Open) -> None:
-    """As many as it held: more than the budget would let go on."""
-    faults: list[Fault | None] = [Fault(0, TransferFailed("gone", "peer_lost"), calls=10) for _ in range(5)]
+@pytest.mark.parametrize("reason", ["peer_lost", "connect"])
+async def test_transfers_lost_with_their_source_need_no_budget(cluster: Open, reason: str) -> None:
+    """As many as it held, begun or not: more than the budget would let go on."""
+    faults: list[Fault | None] = [Fault(0, TransferFailed("gone", reason), calls=10) for _ in range(5)]
     async with cluster(script(decode=faults), prefill=1) as workers:
         answers = await asyncio.gather(*(answer(workers) for _ in range(5)))
     assert answers == [whole()] * 5
