@@ -83,6 +83,7 @@ class Comparison:
             },
             "runs": runs,
         }
+        options.out.mkdir(parents=True, exist_ok=True)
         plots = write_plots(data, options.out, options.name)
         write_page(data, options.out / f"{options.name}.md", plots)
         data["runs"] = {name: without_series(rounds) for name, rounds in runs.items()}
