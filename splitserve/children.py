@@ -25,6 +25,7 @@ from splitserve.process import config_environment, tell_parent
 
 _KILL_AFTER = 5.0  # seconds behind the child's own drain timeout
 _NICER = 5  # than their parent: a third of the weight
+_TRIES = 20  # to say so to the system
 _MODULES = {"prefill": "prefill_service", "decode": "decode_service"}
 
 
@@ -72,7 +73,8 @@ class Child:
             if stderr is not None:
                 stderr.close()
         if isinstance(self.config, WorkerConfig):
-            _give_way(self._process.pid)
+            with contextlib.suppress(ProcessLookupError):  # ended already: `ready` tells why
+                os.setpriority(os.PRIO_PROCESS, self.pid, _worker_niceness())
         self._pipe = asyncio.StreamReader()
         self._transport, _protocol = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(self._pipe),  # type: ignore[arg-type]
@@ -99,6 +101,8 @@ class Child:
         """Waits until the process serves; its addresses. Raises ConfigError, with the child's own words where it
         had any, if it ends or takes too long."""
         assert self._pipe is not None and self._transport is not None
+        if isinstance(self.config, WorkerConfig):
+            await _calm_group(self.pid)
         try:
             async with asyncio.timeout(timeout):
                 line = await self._pipe.readline()
@@ -149,13 +153,26 @@ class Child:
         await self.stop()
 
 
-def _give_way(pid: int) -> None:
+def _worker_niceness() -> int:
     """Workers share the machine's cores with the router, which needs little of them, but at once."""
-    niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICER, 19)
-    with contextlib.suppress(ProcessLookupError):  # ended already: `ready` tells why
-        os.setpriority(os.PRIO_PROCESS, pid, niceness)
-    with contextlib.suppress(OSError):  # where Linux groups processes by session, the group's niceness counts
-        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+    return min(os.getpriority(os.PRIO_PROCESS, 0) + _NICER, 19)
+
+
+async def _calm_group(pid: int) -> None:
+    """Where Linux groups processes by session, the group's niceness is what counts between groups."""
+    for _ in range(_TRIES):
+        try:
+            _write(Path(f"/proc/{pid}/autogroup"), str(_worker_niceness()))
+        except BlockingIOError:  # whoever is not root may change one group in a tenth of a second
+            await asyncio.sleep(0.1)
+        except OSError:  # there are no groups, or the process has ended
+            return
+        else:
+            return
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def tell_ready(ready_fd: int | None, addresses: Mapping[str, str]) -> None:
