@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 
-gc.disable()  # imports and weights leave next to nothing to find: on again once the engine has been made
+if __name__ == "__main__":
+    gc.disable()  # imports and weights leave next to nothing to find: on again once the engine has been made
 
 from decode_service.role import DecodeRole
 from engine import AsyncEngine, create_engine

@@ -8,7 +8,8 @@ import logging
 import os
 import socket
 
-gc.disable()  # imports leave next to nothing to find: on again when the router is ready
+if __name__ == "__main__":
+    gc.disable()  # imports leave next to nothing to find: on again when the router is ready
 
 from router.catalog import Catalog
 from router.cluster import ClusterBackend

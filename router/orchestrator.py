@@ -192,7 +192,7 @@ def _trouble(error: SplitServeError) -> Trouble | None:
             return None
         case PeerLost() | TransferFailed(reason="peer_lost"):  # of both, the transfer's connection may break first
             return Trouble.GONE
-        case TransferFailed(reason="connect"):
+        case TransferFailed(reason="connect"):  # it may have ended before the transfer began
             return Trouble.DOWN
         case TransferFailed():
             return Trouble.FAILED
