@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 _ENVIRONMENT = {
     "UCX_POSIX_ERROR_HANDLING": "y",  # without it shared memory has no error handling and UCX goes over TCP
     "UCXPY_PROGRESS_MODE": "blocking",  # should anyone else in the process use ucxx's own asyncio interface
+    # At its import UCX patches eight functions of the C library and waits, 50 ms each by itself, for threads to
+    # leave them. Ours have nothing to do yet.
+    "UCX_MEM_BISTRO_GRACE_DURATION": "1ms",
     "UCX_LOG_LEVEL": "error",  # UCX logs to stdout; a peer that went away is no news
     "UCX_WARN_UNUSED_ENV_VARS": "n",
     "UCXX_LOG_LEVEL": "fatal",  # a lost peer is an exception, not a line on stderr

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvtransfer import available_transports
-from kvtransfer.ucx_driver import UcxDriver, carries_device_memory, device_way, resources_of
+from kvtransfer.ucx_driver import _ENVIRONMENT, UcxDriver, carries_device_memory, device_way, resources_of
 
 COMPONENTS = """#
 # UCP context
@@ -60,3 +63,14 @@ async def test_ucx_without_a_gpu_takes_no_device_memory_and_says_so(caplog: pyte
         assert "can use self/memory" in line and "device memory is not known" in line
     finally:
         driver.close()
+
+
+@needs_ucx
+def test_every_setting_is_one_that_ucx_knows() -> None:
+    code = "import asyncio, kvtransfer.ucx_driver as d\nasync def main(): d.UcxDriver()\nasyncio.run(main())"
+    environment = {**os.environ, "UCX_WARN_UNUSED_ENV_VARS": "y", "UCX_LOG_LEVEL": "warn", "UCX_NO_SUCH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "UCX_NO_SUCH" in done.stdout  # it tells
+    assert not [name for name in _ENVIRONMENT if name in done.stdout and name != "UCX_WARN_UNUSED_ENV_VARS"]
