@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.gguf_file import GgufDirectory, StoredTensor
+from engine.dequantized import dequantized
+from engine.gguf_file import GgufDirectory
 from engine.model_config import ModelConfig, from_gguf, from_hf
 from splitserve.errors import ConfigError
 from splitserve.models import cache_dir
@@ -28,8 +28,6 @@ from splitserve.models import cache_dir
 log = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
-_PIECE_VALUES = 1 << 18  # dequantised at a time: 1 MiB
-_DEQUANTISED_VALUES = 1 << 12  # in a row that gguf is given; it takes 16 rows at a time
 
 
 class ModelFiles(Protocol):
@@ -147,7 +145,7 @@ class GgufFile:
         if tensor is None:
             return None
         try:
-            weight = _dequantized(self._file, tensor, dtype)
+            weight = dequantized(self._file, tensor, dtype)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ConfigError(f"{self._path.name}: the weight {name} can't be read: {error!r}") from error
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
@@ -179,32 +177,6 @@ class GgufFile:
             text = _converted(self._path.parent, self._path.name)
             _keep(kept, text)
         return text, str(self._fields.get("tokenizer.chat_template", "")), special
-
-
-def _dequantized(file: GgufDirectory, tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
-    """The values in the tensor's shape. Raises what gguf does for a type that it can't read.
-
-    Piece by piece, because a large tensor's float32 values, which gguf makes twice, would cost more time as fresh
-    memory than as numbers."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    kind = GGMLQuantizationType(tensor.kind)
-    values, size = GGML_QUANT_SIZES[kind]  # of a quantised block: numbers, bytes
-    blocks, rest = divmod(math.prod(tensor.shape), values)
-    if rest:
-        raise ValueError(f"{math.prod(tensor.shape)} values in blocks of {values}")
-    # Blocks know nothing of rows: gguf is given such as keep numpy busy, not the tensor's own.
-    row = math.gcd(blocks, max(1, _DEQUANTISED_VALUES // values))
-    data = file.data(tensor.offset, blocks * size).reshape(-1, row * size)
-    rows = max(1, _PIECE_VALUES // (row * values))
-    weight = torch.empty(len(data), row * values, dtype=dtype)
-    for first in range(0, len(data), rows):
-        piece = dequantize(data[first : first + rows], kind)
-        if not piece.flags.writeable:  # stored as numbers, so it is the file's own memory
-            piece = piece.copy()
-        weight[first : first + rows] = torch.from_numpy(piece)
-    return weight.reshape(tensor.shape)
 
 
 def _keep(path: Path, text: str) -> None:
