@@ -89,7 +89,6 @@ async def serve(config: RouterConfig) -> None:
                     tasks.create_task(Vigil(channels, config.worker_timeout).keep()),
                     tasks.create_task(_tell_health(backend, grpc_server)),
                 ]
-                gc.collect()
                 gc.freeze()  # a full collection that walks all modules holds every stream up for 20 to 50 ms
                 gc.enable()
                 tell_ready(config.ready_fd, {"http": http_server.url, "grpc": grpc_server.address})
