@@ -16,19 +16,23 @@ import threading
 log = logging.getLogger(__name__)
 
 AHEAD = 512 << 20  # bytes behind the highest block that was handed out
+AFTER = 2.0  # seconds: meanwhile other workers of this machine get ready, whom a busy memory would hold up
 _PIECE = 2 << 20  # bytes made resident by one call of the system: one huge page
 _NICE = 19
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 class PagesAhead:
-    """Keeps ``ahead`` bytes of ``memory``, which begins at a page, resident behind what was reached."""
+    """Keeps ``ahead`` bytes of ``memory``, which begins at a page, resident behind what was reached.
 
-    def __init__(self, memory: memoryview, ahead: int = AHEAD) -> None:
+    Begins ``after`` seconds, or once half of these bytes are in use."""
+
+    def __init__(self, memory: memoryview, ahead: int = AHEAD, after: float = AFTER) -> None:
         self._memory = memory  # kept: the thread has its address
         self._size = memory.nbytes
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._ahead = ahead
+        self._after = after
         self._done = 0
         self._wanted = min(ahead, self._size)
         self._more = threading.Event()
@@ -55,6 +59,7 @@ class PagesAhead:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         madvise = ctypes.CDLL(None, use_errno=True).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        self._more.wait(self._after)
         while not self._ending:
             length = min(_PIECE, self._wanted - self._done)
             if length <= 0:

@@ -36,7 +36,7 @@ def memory() -> memoryview:
 def test_memory_is_resident_ahead_of_what_is_reached(memory: memoryview) -> None:
     assert not any(resident(memory))
     memory[5000] = 7
-    pages = PagesAhead(memory, AHEAD)
+    pages = PagesAhead(memory, AHEAD, after=0)
     pages.start()
     until_resident(memory, AHEAD)
     pages.reach(20 << 20)
@@ -49,12 +49,30 @@ def test_memory_is_resident_ahead_of_what_is_reached(memory: memoryview) -> None
 
 
 def test_it_ends_with_the_memory(memory: memoryview) -> None:
-    pages = PagesAhead(memory, AHEAD)
+    pages = PagesAhead(memory, AHEAD, after=0)
     pages.start()
     pages.reach(SIZE - 1)
     until_resident(memory, SIZE)
     pages.reach(SIZE)
     pages.close()
+
+
+def test_it_waits_until_the_machine_has_started_or_blocks_are_used(memory: memoryview) -> None:
+    pages = PagesAhead(memory, AHEAD, after=3600)
+    pages.start()
+    pages.reach(AHEAD // 4)
+    time.sleep(0.1)
+    assert not any(resident(memory))
+    pages.reach(AHEAD)
+    until_resident(memory, 2 * AHEAD)
+    pages.close()
+
+
+def test_it_can_be_closed_before_it_begins(memory: memoryview) -> None:
+    pages = PagesAhead(memory, AHEAD, after=3600)
+    pages.start()
+    pages.close()
+    assert not any(resident(memory))
 
 
 def test_small_steps_do_not_wake_it(memory: memoryview) -> None:
