@@ -25,6 +25,9 @@ from splitserve.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
+_SETTLED_SECONDS = 10.0  # after a worker has come or gone
+_MORE_OFTEN = 5  # until then: others follow
+
 
 @dataclass(frozen=True, slots=True)
 class ModelPool:
@@ -53,7 +56,8 @@ class _InFlight:
 
 
 class ClusterView:
-    """A router's view of the workers in ``directory``, refreshed every ``refresh_seconds``.
+    """A router's view of the workers in ``directory``, refreshed every ``refresh_seconds``, five times as often
+    while workers are awaited: while there is none, and for a while after one has come or gone.
 
     ``breakers``: whom to leave alone, in loop time; those who send requests tell them how it went.
     """
@@ -71,6 +75,7 @@ class ClusterView:
         self._refreshed_at: float | None = None
         self._failing = False
         self._back_at = -math.inf  # loop time at which Redis was last found again
+        self._changed_at = -math.inf  # loop time
         self.changed = asyncio.Event()  # set when workers joined or left; whoever waits clears it
         self._refreshing: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -161,11 +166,17 @@ class ClusterView:
     async def _run(self) -> None:
         try:
             while True:
-                await asyncio.sleep(self._refresh_seconds)
+                await asyncio.sleep(self._pause())
                 await self.refresh()
         except Exception:
             logger.critical("the view of the cluster failed and stands still", exc_info=True)
             raise
+
+    def _pause(self) -> float:
+        """Seconds until the next look."""
+        since_change = asyncio.get_running_loop().time() - self._changed_at
+        settled = bool(self._seen) and since_change > _SETTLED_SECONDS
+        return self._refresh_seconds if settled else self._refresh_seconds / _MORE_OFTEN
 
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()
@@ -213,6 +224,7 @@ class ClusterView:
         for id, epoch in sorted(before - after):
             logger.info("worker %s left", id, extra={"epoch": epoch})
         if before != after:
+            self._changed_at = asyncio.get_running_loop().time()
             self.changed.set()
 
     def _with_in_flight(self, sighting: _Sighting, now: float) -> WorkerState:

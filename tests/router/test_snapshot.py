@@ -54,6 +54,18 @@ async def test_workers_that_join_and_leave_are_followed(directory: Directory, ma
         await eventually(lambda: ids(view) == [])
 
 
+async def test_workers_that_come_one_after_the_other_are_seen_soon(
+    directory: Directory, make_worker: MakeWorker
+) -> None:
+    async with ClusterView(directory, refresh_seconds=60) as view:
+        assert view._pause() == 12
+        await directory.register(make_worker("d0"))
+        await view.refresh()
+        assert view._pause() == 12
+        view._changed_at -= 11
+        assert view._pause() == 60
+
+
 async def test_a_worker_whose_lease_ends_leaves(redis_url: str, make_worker: MakeWorker) -> None:
     async with Directory(redis_url, lease_seconds=1.0) as directory, ClusterView(directory, 0.02) as view:
         await directory.register(make_worker("d0"))
