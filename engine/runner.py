@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FIRST_ROWS = 16  # enough for lazy initialisation
 _LOGITS_ROWS = 256  # of a prompt at a time: 8,192 rows of a large vocabulary are 4 GiB
 _DTYPES = {
     "auto": torch.bfloat16,
@@ -208,14 +209,16 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, num_rows: int) -> float:
-        """Runs a chunk of ``num_rows`` and a decode step over blocks that nobody holds yet, so that the first
+        """Runs chunks of up to ``num_rows`` and a decode step over blocks that nobody holds yet, so that the first
         request meets warm caches and finished lazy initialisation. Returns prefill speed in tokens/s."""
         num_rows = min(num_rows, self.num_blocks * self.layout.block_tokens - 1, self.max_model_len - 1)
         sequence = self._made_up(num_rows, list(range(self.layout.blocks_for(num_rows + 1))))
         seconds = 0.0
-        for _ in range(2):
+        # A GPU's kernels are compiled for the size that is measured next.
+        first = num_rows if self._device.asynchronous else min(_FIRST_ROWS, num_rows)
+        for rows in (first, num_rows):
             start = time.perf_counter()
-            self.collect(self.launch([Scheduled.of(sequence, num_rows)]))
+            self.collect(self.launch([Scheduled.of(sequence, rows)]))
             seconds = time.perf_counter() - start
         sequence.num_computed = num_rows
         sequence.tokens.append(0)
