@@ -173,18 +173,19 @@ void chunks(Pool* pool, const Batch& batch, const KvPool& kv, long layer, const 
     while (first_block[s + 1] <= block) s++;
     const long lanes = (start[s + 1] - start[s]) * group, first = (block - first_block[s]) * kLanes;
     const int count = (int)(lanes - first < kLanes ? lanes - first : kLanes);
-    const Tiles16<T> tiles(kv, batch, batch.decodes + s, head, layer);
+    const long sequence = batch.decodes + s;
+    const Tiles16<T> tiles(kv, batch, sequence, head, layer, 0, batch.context_lens[sequence]);
 #if defined(SS_AMX)
     if constexpr (E::per_dword == 2) {
       if (kv.head_dim % 32 == 0) {
         ChunkTiles method;
-        attend<E>(method, tiles, batch, query, batch.decodes + s, head, group, first, count, out);
+        attend<E>(method, tiles, batch, query, sequence, head, group, first, count, out);
         return;
       }
     }
 #endif
     Dots<E> method;
-    attend<E>(method, tiles, batch, query, batch.decodes + s, head, group, first, count, out);
+    attend<E>(method, tiles, batch, query, sequence, head, group, first, count, out);
   });
 }
 

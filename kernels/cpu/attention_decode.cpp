@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int kPart = 512;  // tokens of a work item
+constexpr int kPartsEach = 4;  // so many of them for each thread are enough to share the work evenly
 constexpr int kHeads = 16;  // query heads that are computed together
 
 struct Partial {
@@ -19,16 +20,20 @@ struct Partial {
   float* out;  // [heads of a KV head][D], not yet divided by sum
 };
 
-// Softmax-weighted values of tokens [begin, end), kStep at a time.
+// Softmax-weighted values of the tokens of `tiles`, kStep at a time.
 template <class Method, class T>
-void attend_part(Method& method, const Tiles16<T>& tiles, long begin, long end, float scale, Partial part) {
+void attend_part(Method& method, const Tiles16<T>& tiles, float scale, Partial part) {
   const long head_dim = tiles.head_dim;
+  const long share = (kSpan * head_dim * (long)sizeof(T) / 64 - 1) / (method.heads * (kSpan / W)) + 1;
   alignas(64) float scores[16 * kStep];
   for (int g = 0; g < method.heads; g++) part.max[g] = -INFINITY, part.sum[g] = 0;
   for (long i = 0; i < method.heads * head_dim; i++) part.out[i] = 0;
-  for (long token = begin; token < end; token += kStep) {
-    const int count = (int)(end - token < kStep ? end - token : kStep);
+  for (long token = tiles.begin; token < tiles.end; token += kStep) {
+    const int count = (int)(tiles.end - token < kStep ? tiles.end - token : kStep);
     method.scores(tiles, token, count, scores);
+    const char* ahead[kStep / kSpan];
+    for (int i = 0; i < kStep / kSpan; i++)
+      ahead[i] = reinterpret_cast<const char*>(tiles.keys_ahead(token + i * kSpan, kAhead));
     for (int g = 0; g < method.heads; g++) {
       float* row = scores + g * kStep;
       for (int t = count; t < kStep; t++) row[t] = -INFINITY;
@@ -39,48 +44,51 @@ void attend_part(Method& method, const Tiles16<T>& tiles, long begin, long end, 
         best = vmax(best, s);
       }
       const float top = std::fmax(max_lanes(best), part.max[g]);
-      const float keep = vexp(splat(part.max[g] - top))[0];
       VF sum = {};
       for (int t = 0; t < kStep; t += W) {
         const VF weight = vexp(load(row + t) - top);
         store(row + t, weight);
         sum += weight;
+        const char* lines = ahead[t / kSpan] + (g * (kSpan / W) + t % kSpan / W) * share * 64;
+        for (long i = 0; i < share; i++) prefetch(lines + i * 64);
       }
-      part.sum[g] = part.sum[g] * keep + sum_lanes(sum);
-      part.max[g] = top;
-      if (keep != 1.0f)
+      if (top != part.max[g]) {
+        const float keep = vexp(splat(part.max[g] - top))[0];
+        part.max[g] = top;
+        part.sum[g] *= keep;
         for (long d = 0; d < head_dim; d += W) {
           float* to = part.out + g * head_dim + d;
           store(to, load(to) * keep);
         }
+      }
+      part.sum[g] += sum_lanes(sum);
     }
     method.values(tiles, token, count, scores, part.out);
   }
 }
 
 template <int G, class T>
-void attend_dots(const T* const* q, const Tiles16<T>& tiles, long begin, long end, float scale,
-                 Partial part) {
+void attend_dots(const T* const* q, const Tiles16<T>& tiles, float scale, Partial part) {
   DotHeads<G, T> method{q};
-  attend_part(method, tiles, begin, end, scale, part);
+  attend_part(method, tiles, scale, part);
 }
 
 template <class T>
-void attend_heads(int heads, const T* const* q, const Tiles16<T>& tiles, long begin, long end, float scale, Partial part) {
+void attend_heads(int heads, const T* const* q, const Tiles16<T>& tiles, float scale, Partial part) {
 #if defined(SS_AMX)
   if constexpr (sizeof(T) == 2)
     // Dots start sooner, tiles go faster.
-    if ((heads > 3 || end - begin > kStep) && tiles.head_dim % 32 == 0) {
+    if ((heads > 3 || tiles.end - tiles.begin > kStep) && tiles.head_dim % 32 == 0) {
       TileHeads method(q, heads, tiles.head_dim);
-      return attend_part(method, tiles, begin, end, scale, part);
+      return attend_part(method, tiles, scale, part);
     }
 #endif
   for (int first = 0; first < heads; first += 4, q += 4) {
     switch (heads - first) {
-      case 1: attend_dots<1>(q, tiles, begin, end, scale, part); break;
-      case 2: attend_dots<2>(q, tiles, begin, end, scale, part); break;
-      case 3: attend_dots<3>(q, tiles, begin, end, scale, part); break;
-      default: attend_dots<4>(q, tiles, begin, end, scale, part);
+      case 1: attend_dots<1>(q, tiles, scale, part); break;
+      case 2: attend_dots<2>(q, tiles, scale, part); break;
+      case 3: attend_dots<3>(q, tiles, scale, part); break;
+      default: attend_dots<4>(q, tiles, scale, part);
     }
     part = {part.max + 4, part.sum + 4, part.out + 4 * tiles.head_dim};
   }
@@ -118,21 +126,25 @@ void decode(Pool* pool, const Batch& batch, const KvPool& kv, long layer, const 
     float* at = partials + (head * parts + part) * floats;
     return Partial{at, at + group, at + 2 * group};
   };
-  parallel_for(pool, items, [&](long item) {
-    const long head = item / parts, part = item % parts, s = owner[part];
-    const long begin = (part - first_part[s]) * kPart, context = batch.context_lens[s];
-    const long end = begin + kPart < context ? begin + kPart : context;
-    const Tiles16<T> tiles(kv, batch, s, head, layer);
+  const auto attend = [&](long part, long head, bool more) {
+    const long s = owner[part], begin = (part - first_part[s]) * kPart, context = batch.context_lens[s];
+    Tiles16<T> tiles(kv, batch, s, head, layer, begin, begin + kPart < context ? begin + kPart : context);
+    if (more) tiles.next = kv.head_stride;
     const T* q = static_cast<const T*>(query.data) + batch.query_start[s] * query.row_stride + head * group * head_dim;
     Partial at = partial(part, head);
     for (long g = 0; g < group; g += kHeads) {
       const int heads = (int)(group - g < kHeads ? group - g : kHeads);
       const T* rows[kHeads];
       for (int i = 0; i < heads; i++) rows[i] = q + (g + i) * head_dim;
-      attend_heads(heads, rows, tiles, begin, end, query.scale,
-                   Partial{at.max + g, at.sum + g, at.out + g * head_dim});
+      attend_heads(heads, rows, tiles, query.scale, Partial{at.max + g, at.sum + g, at.out + g * head_dim});
     }
-  });
+  };
+  if (parts >= kPartsEach * pool_threads(pool))  // one item for all heads: what the next one begins with is fetched
+    parallel_for(pool, parts, [&](long part) {
+      for (long head = 0; head < kv.kv_heads; head++) attend(part, head, head + 1 < kv.kv_heads);
+    });
+  else
+    parallel_for(pool, items, [&](long item) { attend(item % parts, item / parts, false); });
   parallel_for(pool_threads(pool) > 1 && batch.decodes > 16 ? pool : nullptr, batch.decodes, [&](long s) {
     Partial mine[64];
     for (long head = 0; head < kv.kv_heads; head++) {

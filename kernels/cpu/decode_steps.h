@@ -7,8 +7,9 @@
 #include "paged.h"
 
 constexpr int kStep = 64;  // tokens of a step; rows of scores and weights are so long
-// Whoever touches a line of K or V first also fetches the line that lies so many tokens further.
-constexpr int kAhead = 64;
+// Whoever reads a line of V first also fetches the line that lies so many tokens further; lines of K are fetched
+// between the steps' exponentials, since a core waits if it has more than some 16 on their way.
+constexpr int kAhead = kStep;
 
 namespace {
 
@@ -38,7 +39,7 @@ static inline __m512 sum_rows(const __m512* rows) {
 
 // scores[g][0..15] of one span; those past its valid tokens are garbage.
 template <int G>
-void score_span(const bf16* const* q, const bf16* keys, const bf16* ahead, long head_dim, int, float* scores) {
+void score_span(const bf16* const* q, const bf16* keys, long head_dim, int, float* scores) {
   for (int g = 0; g < G; g++) {
     __m512 sums[kSpan];
 #pragma GCC unroll 16
@@ -48,7 +49,6 @@ void score_span(const bf16* const* q, const bf16* keys, const bf16* ahead, long 
       const __m512bh query = load_pairs<true>(q[g] + d, 32);
 #pragma GCC unroll 16
       for (int t = 0; t < kSpan; t++) {
-        if (g == 0) prefetch(ahead + t * head_dim + d);
         sums[t] = _mm512_dpbf16_ps(sums[t], load_pairs<true>(keys + t * head_dim + d, 32), query);
       }
     }
@@ -111,11 +111,10 @@ void add_values(const Tiles16<bf16>& tiles, long token, int count, const float* 
 #endif
 
 template <int G, class T>
-void score_span(const T* const* q, const T* keys, const T* ahead, long head_dim, int count, float* scores) {
-  for (int t = 0; t < count; t++, keys += head_dim, ahead += head_dim) {
+void score_span(const T* const* q, const T* keys, long head_dim, int count, float* scores) {
+  for (int t = 0; t < count; t++, keys += head_dim) {
     VF sum[G] = {};
     for (long d = 0; d < head_dim; d += W) {
-      prefetch(ahead + d);
       const VF key = load(keys + d);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) sum[g] += key * load(q[g] + d);
@@ -162,8 +161,7 @@ struct DotHeads {
 
   void scores(const Tiles16<T>& tiles, long token, int count, float* scores) const {
     for (int t = 0; t < count; t += kSpan)
-      score_span<G>(q, tiles.keys(token + t), tiles.keys_ahead(token + t, kAhead), tiles.head_dim,
-                    count - t < kSpan ? count - t : kSpan, scores + t);
+      score_span<G>(q, tiles.keys(token + t), tiles.head_dim, count - t < kSpan ? count - t : kSpan, scores + t);
   }
   void values(const Tiles16<T>& tiles, long token, int count, const float* weights, float* out) const {
     add_values<G>(tiles, token, count, weights, out);
@@ -195,10 +193,6 @@ struct TileHeads {
     const bf16* keys[4];
     for (int i = 0; i < 4; i++) keys[i] = tiles.keys(token + (i * kSpan < count ? i * kSpan : 0));
     alignas(64) float sums[kStep][16];
-    for (int t = 0; t < count; t += kSpan) {
-      const bf16* ahead = tiles.keys_ahead(token + t, kAhead);
-      for (long i = 0; i < kSpan * tiles.head_dim; i += 32) prefetch(ahead + i);
-    }
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -29,28 +29,33 @@ struct Query {  // q [rows, heads, D], D contiguous
   float scale;
 };
 
-// The tiles of one sequence, head and layer.
+// The tiles of one sequence, head and layer; of its tokens those of one part, [begin, end), begin a multiple of 16.
 template <class T>
 struct Tiles16 {
   const T* base;
   const int32_t* table;
-  int64_t block_stride, block_tokens, head_dim, context;
+  int64_t block_stride, block_tokens, head_dim, begin, end;
+  int64_t next = 0;  // elements from here to the tiles that are read behind these: those of another head, if any
 
-  Tiles16(const KvPool& kv, const Batch& batch, long sequence, long head, long layer)
+  Tiles16(const KvPool& kv, const Batch& batch, long sequence, long head, long layer, long begin, long end)
       : base(static_cast<const T*>(kv.data) + head * kv.head_stride + layer * kv.layer_stride),
         table(batch.block_tables + sequence * batch.table_stride),
         block_stride(kv.block_stride),
         block_tokens(kv.block_tokens),
         head_dim(kv.head_dim),
-        context(batch.context_lens[sequence]) {}
+        begin(begin),
+        end(end) {}
 
   // Keys of the 16 tokens from `token` on, which is a multiple of 16; the values lie value_offset() further.
   const T* keys(long token) const {
     return base + table[token / block_tokens] * block_stride + token % block_tokens * head_dim;
   }
-  // The same for the span `distance` tokens further; for none that is there, any address.
+  // What is read so many tokens later than those from `token` on: behind the part, what is next.
   const T* keys_ahead(long token, long distance) const {
-    return keys(token + distance < context ? token + distance : token);
+    const long ahead = token + distance;
+    if (ahead < end) return keys(ahead);
+    const long behind = begin + ahead - (end + kSpan - 1) / kSpan * kSpan;
+    return keys(behind < end ? behind : begin) + next;
   }
   long value_offset() const { return block_tokens * head_dim; }
 };

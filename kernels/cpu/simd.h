@@ -133,9 +133,13 @@ static inline float sum_lanes(VF v) {
 }
 
 static inline float max_lanes(VF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float best = v[0];
   for (int i = 1; i < W; i++) best = v[i] > best ? v[i] : best;
   return best;
+#endif
 }
 
 static inline bool any(VI mask) {  // of a comparison
