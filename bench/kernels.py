@@ -2,14 +2,16 @@
 
     python -m bench.kernels [--threads 1 2] [--isa amx] [--quick]
 
-Shapes are SmolLM2-135M's. Operands that a model step would read from memory are so many that they do here too.
-A limit is what the same threads reach on plain work: reading memory, or the library's matrix product. Each
-figure is the median of several rounds, and the limit is timed anew beside every group of figures.
+Shapes are SmolLM2-135M's. Operands that a model step would read from memory are so many that they do here too,
+and lie where the engine's do (`kernels.memory`). A limit is what the same threads reach on plain work: reading
+memory of that kind, or the library's matrix product. Each figure is the median of several rounds, and the limit is
+timed anew beside every group of figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from kernels import AttentionBatch, pool_shape
 from kernels.cpu.backend import CpuKernels
+from kernels.memory import zeros
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS = 576, 9, 3, 64, 1536, 30
 BLOCK_TOKENS = 16
@@ -59,7 +62,7 @@ def line(name: str, taken: float, value: float, unit: str, limit: float) -> None
 
 def read_bandwidth(kernels: CpuKernels, budget: Budget) -> float:
     """GB/s of reading memory."""
-    data = torch.ones(budget.resident // 8, dtype=torch.int64)
+    data = zeros(budget.resident).fill_(1)
     return budget.resident / seconds(lambda: kernels.read_memory(data), budget.rounds) / 1e9
 
 
@@ -123,7 +126,8 @@ def attention_batch(sequences: int, rows: int, context: int) -> AttentionBatch:
 
 
 def scattered_pool(blocks: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(pool_shape(blocks, KV_HEADS, LAYERS, BLOCK_TOKENS, HEAD_DIM)).to(dtype)
+    shape = pool_shape(blocks, KV_HEADS, LAYERS, BLOCK_TOKENS, HEAD_DIM)
+    return zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape).normal_()
 
 
 def bench_decode(kernels: CpuKernels, dtype: torch.dtype, budget: Budget) -> None:
