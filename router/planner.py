@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
@@ -33,7 +34,9 @@ class Planner:
         self._directory = directory
         self._view = view
         self._config = config
+        self._rng = random.Random()
         self._recent: RecentPrompts[BlockHash] = RecentPrompts()
+        self._sent: deque[tuple[str, list[BlockHash], float]] = deque()  # what `_recent` is still to be told
         self._full: set[str] = set()  # models whose last plan was refused for lack of room
         self._hits: dict[str, deque[float]] = {}  # of each model's last prompts, the cached part
 
@@ -57,28 +60,35 @@ class Planner:
         if request.sampling.prompt_logprobs is not None:
             # log probabilities of a prompt need all of it computed, and only decode events carry them
             states = tuple(s for s in states if s.info.role == "decode")
-            return plan(demand, {}, states, self._config)
+            return plan(demand, {}, states, self._config, rng=self._rng)
         hits = self._hits.setdefault(spec.name, deque([1.0], maxlen=_HITS))
         if spec.name in self._full and not excluded:  # a refusal under overload costs no hash and no round trip
             usable = self._view.breakers.usable(states, now)
             blocks = math.ceil(max(hits) * len(tokens) / spec.block_tokens)
-            plan(demand, {s.info.id: blocks for s in usable}, usable, self._config)
+            plan(demand, {s.info.id: blocks for s in usable}, usable, self._config, rng=self._rng)
         root = chain_root(bytes.fromhex(spec.fingerprint), request.cache_salt)
         hashes = block_hashes(root, tokens, spec.block_tokens)
-        owned = either(await self._owned(hashes, states), self._recent.longest_prefix(hashes, now))
+        known = await self._owned(hashes, states)
+        self._remember()
+        owned = either(known, self._recent.longest_prefix(hashes, now))
         hits.append(max(owned.values(), default=0) / max(1, len(hashes)))
         try:
-            chosen = plan(demand, owned, self._view.breakers.usable(states, now), self._config)
+            chosen = plan(demand, owned, self._view.breakers.usable(states, now), self._config, rng=self._rng)
         except Overloaded:
             self._full.add(spec.name)
             raise
         self._full.discard(spec.name)
         if chosen.prefill is not None:
             until = now + chosen.first_token_seconds + ANNOUNCE_SECONDS
-            self._recent.add(chosen.prefill.info.id, hashes, until)
+            self._sent.append((chosen.prefill.info.id, hashes, until))
+            asyncio.get_running_loop().call_soon(self._remember)  # once the request is on its way
         for worker in chosen.workers:
             self._view.breakers.claim(worker.info, now)
         return chosen
+
+    def _remember(self) -> None:
+        while self._sent:
+            self._recent.add(*self._sent.popleft())
 
     async def _owned(self, hashes: Sequence[BlockHash], states: Sequence[WorkerState]) -> Mapping[str, int]:
         """Leading blocks of the sequence that each worker has, in one round trip."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from splitserve.cluster import Role, WorkerState
 from splitserve.errors import InvalidRequest, Overloaded, Unavailable
@@ -70,8 +71,7 @@ class Plan:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
+class _Start(NamedTuple):
     """A way to the first token."""
 
     worker: WorkerState

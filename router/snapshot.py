@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -118,23 +118,21 @@ class ClusterView:
 
     def models(self) -> dict[str, ModelPool]:
         """The pools of all models that have a worker."""
-        by_model: defaultdict[str, defaultdict[str, list[WorkerState]]] = defaultdict(lambda: defaultdict(list))
-        for state in self.states():
-            by_model[state.info.model][state.info.fingerprint].append(state)
-        now = asyncio.get_running_loop().time()
-        pools = {}
-        for model, members in by_model.items():
-            groups = {
-                fp: usable for fp, states in members.items() if (usable := self.breakers.usable(states, now))
-            }
-            if groups:
-                chosen = self._choose(model, groups)
-                pools[model] = ModelPool(model, chosen, tuple(groups[chosen]))
-        return pools
+        models = dict.fromkeys(sighting.state.info.model for sighting in self._seen.values())
+        return {model: pool for model in models if (pool := self.pool(model)) is not None}
 
     def pool(self, model: str) -> ModelPool | None:
         """The workers that serve ``model``, with this router's own requests counted in."""
-        return self.models().get(model)
+        now = asyncio.get_running_loop().time()
+        members: defaultdict[str, list[WorkerState]] = defaultdict(list)
+        for sighting in self._seen.values():
+            if sighting.state.info.model == model:
+                members[sighting.state.info.fingerprint].append(self._with_in_flight(sighting, now))
+        groups = {fp: usable for fp, states in members.items() if (usable := self.breakers.usable(states, now))}
+        if not groups:
+            return None
+        chosen = self._choose(model, groups)
+        return ModelPool(model, chosen, tuple(groups[chosen]))
 
     def states(self) -> list[WorkerState]:
         """All workers in the view, whatever their model, with this router's own requests counted in."""
@@ -228,20 +226,18 @@ class ClusterView:
             self.changed.set()
 
     def _with_in_flight(self, sighting: _Sighting, now: float) -> WorkerState:
-        state, entries = (
-            sighting.state,
-            self._in_flight.get((sighting.state.info.id, sighting.state.info.epoch), ()),
-        )
-        age = now - sighting.beat_at
-        if age > self._directory.lease_seconds:
+        state = sighting.state
+        entries = self._in_flight.get((state.info.id, state.info.epoch), ())
+        silent = now - sighting.beat_at > self._directory.lease_seconds
+        if not entries and not silent:
+            return state
+        if silent:
             # Redis is away, or just back. What the worker said of its load is history; what we have sent there is
             # all that is known.
-            unseen: Sequence[_InFlight] = list(entries)
             load = replace(state.load, num_running=0, num_waiting=0, queued_tokens=0, used_blocks=0)
-        else:
-            unseen = [entry for entry in entries if entry.begun_at >= sighting.beat_at]
-            load = state.load
-        return replace(state, load=_add(load, unseen), age_seconds=age)
+            return replace(state, load=_add(load, entries))
+        unseen = [entry for entry in entries if entry.begun_at >= sighting.beat_at]
+        return replace(state, load=_add(state.load, unseen)) if unseen else state
 
     def _choose(self, model: str, groups: Mapping[str, Sequence[WorkerState]]) -> str:
         """The fingerprint to serve: one with decode workers, the one in use before others, then the largest."""
@@ -276,9 +272,7 @@ class ClusterView:
         )
 
 
-def _add(load: WorkerLoad, entries: Sequence[_InFlight]) -> WorkerLoad:
-    if not entries:
-        return load
+def _add(load: WorkerLoad, entries: Collection[_InFlight]) -> WorkerLoad:
     return replace(
         load,
         num_waiting=load.num_waiting + len(entries),

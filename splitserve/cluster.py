@@ -56,4 +56,4 @@ class WorkerState:
 
     info: WorkerInfo
     load: WorkerLoad
-    age_seconds: float = 0.0  # since the heartbeat that this state was read from
+    age_seconds: float = 0.0  # of the heartbeat that this state was read from, when it was read

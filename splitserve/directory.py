@@ -155,8 +155,8 @@ class Directory:
         keys = [_blocks_key(id, epoch) for id, epoch in workers]
         # one argument, since packing thousands of them would take longer than the look-up
         args: list[bytes | int] = [len(hashes[0]), b"".join(hashes)]
-        counts = await self._redis.run(ScriptCall(self._longest_prefix, keys, args))
-        return {id: int(count) for (id, _), count in zip(workers, counts, strict=True)}
+        reply: bytes = await self._redis.run(ScriptCall(self._longest_prefix, keys, args))
+        return {id: int(count) for (id, _), count in zip(workers, reply.split(b","), strict=True)}
 
     async def set_transfer(
         self,

@@ -7,6 +7,7 @@ depend on: the model and layout (the root), the tenant's salt, and all tokens fr
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 from collections.abc import Sequence
 
@@ -25,10 +26,10 @@ def child_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
 
 def block_hashes(root: BlockHash, tokens: Sequence[int], block_tokens: int) -> list[BlockHash]:
     """Hashes of the full blocks of ``tokens``, in order; a partial last block has none."""
-    hashes, parent = [], root
+    hashes, parent, sha256 = [], root, hashlib.sha256
     packed = array("I", tokens)
     data, size = packed.tobytes(), block_tokens * packed.itemsize
-    for start in range(0, len(data) - size + 1, size):
-        parent = hashlib.sha256(parent + data[start : start + size]).digest()
+    for (block,) in struct.iter_unpack(f"{size}s", data[: len(data) // size * size]):
+        parent = sha256(parent + block).digest()
         hashes.append(parent)
     return hashes

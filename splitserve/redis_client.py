@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -121,13 +121,15 @@ class RedisClient:
 
     async def _run_all(self, calls: Sequence[ScriptCall], atomic: bool) -> list[Any]:
         try:
-            return await self._pipeline((call.command for call in calls), atomic)
+            return await self._send([call.command for call in calls], atomic)
         except NoScriptError:
             loads = {call.script.sha: ("SCRIPT", "LOAD", call.script.text) for call in calls}
-            await self._pipeline(loads.values())
-            return await self._pipeline((call.command for call in calls), atomic)
+            await self._send(list(loads.values()))
+            return await self._send([call.command for call in calls], atomic)
 
-    async def _pipeline(self, commands: Iterable[tuple[Arg, ...]], atomic: bool = False) -> list[Any]:
+    async def _send(self, commands: Sequence[tuple[Arg, ...]], atomic: bool = False) -> list[Any]:
+        if len(commands) == 1:  # a pipeline would take longer, and one command is atomic
+            return [await self._redis.execute_command(*commands[0])]
         async with self._redis.pipeline(transaction=atomic) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)

@@ -1,25 +1,24 @@
 -- How many leading blocks of a chain each worker owns.
 -- KEYS: one block set a worker
 -- ARGV: bytes of one hash; the hashes of the chain, in order, as one string
--- Returns one number a key. Owned blocks of a chain are a prefix of it, so bisection finds its end; most workers
--- own nothing of a chain, so its first block is asked for before.
+-- Returns one number a key, all in one string with commas between, which a client reads faster than so many replies.
+-- Owned blocks of a chain are a prefix of it, so bisection finds its end; most workers own nothing of a chain, so its
+-- first block is asked for before.
 local size, chain, counts = tonumber(ARGV[1]), ARGV[2], {}
-local length = #chain / size
+local length, first = #chain / size, string.sub(chain, 1, size)
 
-local function owns(key, position)
-  return redis.call('SISMEMBER', key, string.sub(chain, (position - 1) * size + 1, position * size)) == 1
+local function owns(key, hash)
+  return redis.call('SISMEMBER', key, hash) == 1
 end
 
 for i, key in ipairs(KEYS) do
-  local owned, bound = 0, length
-  if owns(key, 1) then
-    owned = 1
-  else
-    bound = 0
+  local owned, bound = 0, 0
+  if owns(key, first) then
+    owned, bound = 1, length
   end
   while owned < bound do
     local middle = math.floor((owned + bound + 1) / 2)
-    if owns(key, middle) then
+    if owns(key, string.sub(chain, (middle - 1) * size + 1, middle * size)) then
       owned = middle
     else
       bound = middle - 1
@@ -27,4 +26,4 @@ for i, key in ipairs(KEYS) do
   end
   counts[i] = owned
 end
-return counts
+return table.concat(counts, ',')

@@ -67,6 +67,19 @@ async def test_a_prompt_that_is_being_computed_counts_as_cached(planner: Planner
     assert plan.prefill is not None and plan.uncached_prefill == 100 - 6 * 16
 
 
+async def test_a_prompt_that_was_sent_a_moment_ago_counts_before_the_loop_has_turned(
+    own_redis: PrivateRedis, make_worker: MakeWorker, spec: ModelSpec
+) -> None:
+    async with Directory(own_redis.url, timeout=1.0) as directory:
+        await joined(directory, make_worker, spec)
+        async with ClusterView(directory, refresh_seconds=3600) as view:
+            await own_redis.close()
+            await view.refresh()  # a planner that knows that Redis is away waits for nothing
+            planner = Planner(directory, view, PolicyConfig())
+            uncached = [(await planner.plan(request(), spec, TOKENS, ())).uncached_prefill for _ in range(2)]
+    assert uncached == [100, 100 - 6 * 16]
+
+
 async def test_a_prompt_that_the_decode_worker_knows_skips_the_prefill_worker(
     planner: Planner, spec: ModelSpec, directory: Directory, workers: list[WorkerInfo]
 ) -> None:
