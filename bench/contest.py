@@ -40,7 +40,8 @@ from bench.workloads import (
 )
 
 VOCAB = 32_000
-_IDLE_SECONDS = 10.0
+_IDLE_SECONDS = 20.0
+_REST_SECONDS = 15.0  # behind a start, which leaves work for the seconds after it
 _SETTLE_SECONDS = 2.0
 
 
@@ -103,7 +104,7 @@ class Contest:
 
     def idle(self) -> dict[str, Any]:
         """CPU time of all its processes while nobody asks, in cores, and the memory they hold."""
-        time.sleep(_SETTLE_SECONDS)
+        time.sleep(_REST_SECONDS)
         before, began = self.server.weigh(), time.perf_counter()
         time.sleep(_IDLE_SECONDS)
         after = self.server.weigh()
