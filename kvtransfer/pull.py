@@ -40,7 +40,7 @@ from kvtransfer.frames import (
 )
 from kvtransfer.runs import joined
 from kvtransfer.session import slot_of
-from kvtransfer.tasks import heard, running
+from kvtransfer.tasks import heard, running, uninterrupted
 from kvtransfer.transport import Connection
 
 logger = logging.getLogger(__name__)
@@ -273,10 +273,13 @@ class Pulling:
         await self._send(Resend(self._first + place, 1))
 
     async def _beat(self, interval: float) -> None:
-        """Signs of life, so that the source keeps the lease while it computes."""
+        """Signs of life, so that the source keeps the lease while it computes.
+
+        One that is being sent when all blocks are there goes out whole: a connection left in the middle of a frame
+        can't carry the DONE."""
         while True:
             await asyncio.sleep(interval)
-            await self._send(Heartbeat())
+            await uninterrupted(self._send(Heartbeat()))
 
     async def _send(self, frame: Frame) -> None:
         await self._in_time(self._connection.send_frame(encode(self.stamp, frame)))

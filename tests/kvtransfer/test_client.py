@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from kvtransfer import BlockMemory, KvHandle, PullClient, Reason, ReleaseReason
+from kvtransfer.frames import Frame, Heartbeat
+from kvtransfer.pull import Pulling
 from splitserve.errors import Incompatible, TransferFailed
 from splitserve.layout import KVLayout
 
@@ -122,6 +124,34 @@ async def test_a_long_computation_with_heartbeats_is_waited_for(make_pair: MakeP
         publication.ready([4, 5])
         publication.finish(1, False)
         assert (await pulling).blocks == 2
+
+
+async def test_a_heartbeat_that_is_being_sent_when_the_blocks_are_there_is_not_cut_short(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, cut = asyncio.Event(), []
+    send = Pulling._send
+
+    async def slow(self: Pulling, frame: Frame) -> None:
+        if isinstance(frame, Heartbeat):
+            begun.set()
+            try:
+                await asyncio.sleep(0.3)
+            except asyncio.CancelledError:
+                cut.append(frame)
+                raise
+        await send(self, frame)
+
+    monkeypatch.setattr(Pulling, "_send", slow)
+    async with make_pair(progress_timeout=2.0, lease_seconds=2.0) as pair:
+        publication = pair.server.publish(2)
+        pulling = asyncio.create_task(pair.client.pull(publication.handle, [0, 1]))
+        async with asyncio.timeout(30):
+            await begun.wait()
+        publication.ready([4, 5])
+        publication.finish(1, False)
+        assert (await pulling).blocks == 2
+        assert not cut
 
 
 @pytest.mark.parametrize(
