@@ -145,7 +145,8 @@ class _RenderProcess:
         process, self._process = self._process, None
         if process.returncode is None:
             with suppress(ProcessLookupError):
-                process.kill()
+                # asyncio's own kill() asks for the status, which its waiter then never hears (CPython issue 87744)
+                os.kill(process.pid, signal.SIGKILL)
         status = await process.wait()
         assert process.stdin is not None
         process.stdin.close()

@@ -126,7 +126,9 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         if self._process.returncode is None:
-            self._process.send_signal(number)
+            with contextlib.suppress(ProcessLookupError):
+                # asyncio's own asks for the status, which its waiter then never hears (CPython issue 87744)
+                os.kill(self._process.pid, number)
 
     async def stop(self) -> int:
         """SIGTERM, time to drain, SIGKILL. Returns the exit code."""

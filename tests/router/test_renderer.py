@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -98,6 +100,20 @@ async def test_a_template_that_was_ended_can_be_asked_again(renderer: ProcessRen
     with pytest.raises(InvalidRequest, match=r"did not end within 0\.2 s"):
         await renderer.render(template, HI, True)
     assert await renderer.render(template, [{"role": "user", "content": "ho"}], True) == "ok"
+
+
+async def test_how_a_process_ended_is_known_to_a_slow_waiter_too(
+    renderer: ProcessRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(pid: int, options: int) -> tuple[int, int]:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        time.sleep(0.1)
+        return waitpid(pid, options)
+
+    waitpid = os.waitpid
+    monkeypatch.setattr("os.waitpid", slow)
+    with pytest.raises(InvalidRequest, match=r"did not end within 0\.2 s"):
+        await renderer.render(ChatTemplate(FOR_EVER + "slow", {}), HI, True)
 
 
 async def test_others_go_on_while_one_hangs(renderer: ProcessRenderer) -> None:
