@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import grpc.aio
 
+from decode_service.feeds import Feeds
 from engine import AsyncEngine, EngineOutput, EngineRequest
 from kvtransfer import KvHandle, PullClient, Transport
 from splitserve.agent import WorkerAgent
@@ -53,6 +54,7 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
         self._layout = layout
         self._fingerprint = fingerprint
         self._metrics = metrics
+        self._feeds = Feeds()
         self._agent: WorkerAgent | None = None  # set once the directory knows this worker
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -92,13 +94,26 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
             outputs = self._continue(sequence, work, _handle_from_proto(request.handle))
         else:
             outputs = self._engine.generate(work)
+        feed = self._feeds.find(request.slot.feed) if request.HasField("slot") else None
         first = True
         async with aclosing(outputs):
-            async for output in outputs:
-                if first:
-                    self._metrics.observe_queue_time(output.queue_seconds)
-                yield pb.DecodeEvent(tokens=_tokens_to_proto(output, first))
-                first = False
+            with nullcontext() if feed is None else feed.used():
+                async for output in outputs:
+                    if first:
+                        self._metrics.observe_queue_time(output.queue_seconds)
+                    tokens = _tokens_to_proto(output, first)
+                    first = False
+                    if feed is None:
+                        yield pb.DecodeEvent(tokens=tokens)
+                    else:
+                        feed.put(request.slot.number, tokens)
+
+    async def Feed(
+        self, request: pb.FeedRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[pb.FeedEvent, None]:
+        async with aclosing(self._feeds.events()) as events:
+            async for event in events:
+                yield event
 
     async def _continue(
         self, sequence: SequenceRequest, work: EngineRequest, handle: KvHandle

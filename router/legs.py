@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from router.feed import Arrival, Feed
 from splitserve.cluster import WorkerInfo
 from splitserve.config import TlsFiles
 from splitserve.errors import PeerLost, Unavailable
@@ -29,6 +30,7 @@ from splitserve.v1 import worker_pb2_grpc
 from splitserve.wire import logprobs_from_proto, token_from_proto
 
 _MODEL_SECONDS = 10.0
+_LATE_SECONDS = 5.0  # that tokens in a feed may come behind the end of their call
 
 _Event = TypeVar("_Event", pb.PrefillEvent, pb.DecodeEvent)
 Handle = pb.KvHandle  # carried from one leg to the other, never read
@@ -88,6 +90,7 @@ class Channels:
         self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._legs: defaultdict[str, set[Leg[Any]]] = defaultdict(set)  # open ones, by address
+        self._feeds: dict[str, Feed] = {}  # by address
         self._asked: set[str] = set()  # addresses that `answers` waits for
 
     def to(self, worker: WorkerInfo) -> grpc.aio.Channel:
@@ -115,6 +118,8 @@ class Channels:
         legs = list(self._legs.get(address, ()))
         for leg in legs:
             leg.lose()
+        if (feed := self._feeds.get(address)) is not None:
+            feed.cancel()
         return len(legs)
 
     async def answers(self, address: str, timeout: float) -> bool:
@@ -133,11 +138,17 @@ class Channels:
     async def keep(self, addresses: set[str]) -> None:
         """Closes the channels to all other addresses, but those that a leg still uses."""
         for address in self._channels.keys() - addresses - self._legs.keys() - self._asked:
-            await self._channels.pop(address).close()
+            await self._close(address)
 
     async def close(self) -> None:
         while self._channels:
-            await self._channels.popitem()[1].close()
+            await self._close(next(iter(self._channels)))
+
+    async def _close(self, address: str) -> None:
+        channel = self._channels.pop(address)
+        if (feed := self._feeds.pop(address, None)) is not None:
+            await feed.close()
+        await channel.close()
 
     def _at(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
@@ -151,6 +162,14 @@ class Channels:
             return description_from_proto(await stub.GetModel(pb.GetModelRequest(), timeout=_MODEL_SECONDS))
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
+
+    def feed(self, worker: WorkerInfo) -> Feed:
+        """The feed of a decode worker. It opens when it is first asked for, and again when it has ended."""
+        address = worker.grpc_address
+        feed = self._feeds.get(address)
+        if feed is None or feed.ended:
+            feed = self._feeds[address] = Feed(self._at(address))
+        return feed
 
 
 class PrefillLeg(Leg[pb.PrefillEvent]):
@@ -176,12 +195,44 @@ class DecodeLeg(Leg[pb.DecodeEvent]):
         """Until the worker ends the stream."""
         while (event := await self._read()) is not None:
             if event.HasField("tokens"):
-                message = event.tokens
-                yield Tokens(
-                    tuple(token_from_proto(token) for token in message.tokens),
-                    message.cached_tokens,
-                    tuple(logprobs_from_proto(entry) for entry in message.prompt_logprobs),
-                )
+                yield _tokens(event.tokens)
+
+
+class FedDecodeLeg(DecodeLeg):
+    """An open Decode stream whose tokens come by a feed, if that is still there when the worker gets the call."""
+
+    def __init__(
+        self, call: grpc.aio.UnaryStreamCall[pb.DecodeRequest, pb.DecodeEvent], arrived: asyncio.Queue[Arrival]
+    ) -> None:
+        super().__init__(call)
+        self._arrived = arrived
+
+    async def tokens(self) -> AsyncIterator[Tokens]:
+        """Until the worker has ended the stream, whichever way they came."""
+        while (message := await self._arrived.get()) is not None:
+            if isinstance(message, Exception):
+                raise message
+            yield _tokens(message)
+
+    async def follow(self) -> None:
+        """Reads the call to its end, which tells how the request ended; the feed may still bring tokens then."""
+        try:
+            while (event := await self._read()) is not None:
+                if event.HasField("tokens"):
+                    self._arrived.put_nowait(event.tokens)
+        except Exception as error:
+            self._arrived.put_nowait(error)
+        else:
+            await asyncio.sleep(_LATE_SECONDS)
+            self._arrived.put_nowait(None)
+
+
+def _tokens(message: pb.DecodeTokens) -> Tokens:
+    return Tokens(
+        tuple(token_from_proto(token) for token in message.tokens),
+        message.cached_tokens,
+        tuple(logprobs_from_proto(entry) for entry in message.prompt_logprobs),
+    )
 
 
 @asynccontextmanager
@@ -201,7 +252,20 @@ async def open_decode(
 ) -> AsyncIterator[DecodeLeg]:
     """``handle`` says where the blocks come from; None: the worker computes what it has not cached."""
     stub = worker_pb2_grpc.DecodeStub(channels.to(worker))
-    request = pb.DecodeRequest(sequence=sequence_to_proto(sequence), handle=handle)
-    leg = DecodeLeg(stub.Decode(request, timeout=timeout))
-    with channels.holding(worker, leg):
-        yield leg
+    arrived: asyncio.Queue[Arrival] = asyncio.Queue()
+    with channels.feed(worker).slot(sequence.params, arrived) as slot:
+        request = pb.DecodeRequest(sequence=sequence_to_proto(sequence), handle=handle, slot=slot)
+        call = stub.Decode(request, timeout=timeout)
+        if slot is None:
+            leg = DecodeLeg(call)
+            with channels.holding(worker, leg):
+                yield leg
+            return
+        fed = FedDecodeLeg(call, arrived)
+        with channels.holding(worker, fed):
+            following = asyncio.create_task(fed.follow())
+            try:
+                yield fed
+            finally:
+                following.cancel()
+                await asyncio.wait([following])

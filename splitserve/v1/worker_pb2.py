@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from splitserve.v1 import sampling_pb2 as splitserve_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asplitserve/v1/worker.proto\x12\rsplitserve.v1\x1a\x1csplitserve/v1/sampling.proto\"\xa3\x01\n\x08Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.splitserve.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x06 \x01(\t\";\n\x0ePrefillRequest\x12)\n\x08sequence\x18\x01 \x01(\x0b\x32\x17.splitserve.v1.Sequence\"\xe4\x01\n\x08KvHandle\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\x39\n\taddresses\x18\x03 \x03(\x0b\x32&.splitserve.v1.KvHandle.AddressesEntry\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"w\n\x0cPrefillEvent\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1e.splitserve.v1.PrefillAcceptedH\x00\x12*\n\x04\x64one\x18\x02 \x01(\x0b\x32\x1a.splitserve.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\":\n\x0fPrefillAccepted\x12\'\n\x06handle\x18\x01 \x01(\x0b\x32\x17.splitserve.v1.KvHandle\"`\n\x0bPrefillDone\x12#\n\x05token\x18\x01 \x01(\x0b\x32\x14.splitserve.v1.Token\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\"c\n\rDecodeRequest\x12)\n\x08sequence\x18\x01 \x01(\x0b\x32\x17.splitserve.v1.Sequence\x12\'\n\x06handle\x18\x02 \x01(\x0b\x32\x17.splitserve.v1.KvHandle\"x\n\x0b\x44\x65\x63odeEvent\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1d.splitserve.v1.DecodeAcceptedH\x00\x12-\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.splitserve.v1.DecodeTokensH\x00\x42\x07\n\x05\x65vent\"\x10\n\x0e\x44\x65\x63odeAccepted\"\x94\x01\n\x0c\x44\x65\x63odeTokens\x12$\n\x06tokens\x18\x01 \x03(\x0b\x32\x14.splitserve.v1.Token\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x30\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x17.splitserve.v1.Logprobs\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\"\x11\n\x0fGetModelRequest\"\x8a\x03\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0etokenizer_json\x18\x03 \x01(\x0c\x12\x15\n\rchat_template\x18\x04 \x01(\t\x12\x43\n\x0especial_tokens\x18\x05 \x03(\x0b\x32+.splitserve.v1.ModelInfo.SpecialTokensEntry\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12:\n\x13generation_defaults\x18\x07 \x01(\x0b\x32\x1d.splitserve.v1.SamplingParams\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\n \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x0b \x01(\r\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32N\n\x06Worker\x12\x44\n\x08GetModel\x12\x1e.splitserve.v1.GetModelRequest\x1a\x18.splitserve.v1.ModelInfo2R\n\x07Prefill\x12G\n\x07Prefill\x12\x1d.splitserve.v1.PrefillRequest\x1a\x1b.splitserve.v1.PrefillEvent0\x01\x32N\n\x06\x44\x65\x63ode\x12\x44\n\x06\x44\x65\x63ode\x12\x1c.splitserve.v1.DecodeRequest\x1a\x1a.splitserve.v1.DecodeEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asplitserve/v1/worker.proto\x12\rsplitserve.v1\x1a\x1csplitserve/v1/sampling.proto\"\xa3\x01\n\x08Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.splitserve.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x06 \x01(\t\";\n\x0ePrefillRequest\x12)\n\x08sequence\x18\x01 \x01(\x0b\x32\x17.splitserve.v1.Sequence\"\xe4\x01\n\x08KvHandle\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\x39\n\taddresses\x18\x03 \x03(\x0b\x32&.splitserve.v1.KvHandle.AddressesEntry\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"w\n\x0cPrefillEvent\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1e.splitserve.v1.PrefillAcceptedH\x00\x12*\n\x04\x64one\x18\x02 \x01(\x0b\x32\x1a.splitserve.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\":\n\x0fPrefillAccepted\x12\'\n\x06handle\x18\x01 \x01(\x0b\x32\x17.splitserve.v1.KvHandle\"`\n\x0bPrefillDone\x12#\n\x05token\x18\x01 \x01(\x0b\x32\x14.splitserve.v1.Token\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\"\x8a\x01\n\rDecodeRequest\x12)\n\x08sequence\x18\x01 \x01(\x0b\x32\x17.splitserve.v1.Sequence\x12\'\n\x06handle\x18\x02 \x01(\x0b\x32\x17.splitserve.v1.KvHandle\x12%\n\x04slot\x18\x03 \x01(\x0b\x32\x17.splitserve.v1.FeedSlot\"(\n\x08\x46\x65\x65\x64Slot\x12\x0c\n\x04\x66\x65\x65\x64\x18\x01 \x01(\x06\x12\x0e\n\x06number\x18\x02 \x01(\r\"\r\n\x0b\x46\x65\x65\x64Request\"D\n\tFeedEvent\x12\x0c\n\x04\x66\x65\x65\x64\x18\x01 \x01(\x06\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.splitserve.v1.FeedTokens\"G\n\nFeedTokens\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.splitserve.v1.DecodeTokens\"x\n\x0b\x44\x65\x63odeEvent\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1d.splitserve.v1.DecodeAcceptedH\x00\x12-\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.splitserve.v1.DecodeTokensH\x00\x42\x07\n\x05\x65vent\"\x10\n\x0e\x44\x65\x63odeAccepted\"\x94\x01\n\x0c\x44\x65\x63odeTokens\x12$\n\x06tokens\x18\x01 \x03(\x0b\x32\x14.splitserve.v1.Token\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x30\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x17.splitserve.v1.Logprobs\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\"\x11\n\x0fGetModelRequest\"\x8a\x03\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0etokenizer_json\x18\x03 \x01(\x0c\x12\x15\n\rchat_template\x18\x04 \x01(\t\x12\x43\n\x0especial_tokens\x18\x05 \x03(\x0b\x32+.splitserve.v1.ModelInfo.SpecialTokensEntry\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12:\n\x13generation_defaults\x18\x07 \x01(\x0b\x32\x1d.splitserve.v1.SamplingParams\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\n \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x0b \x01(\r\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32N\n\x06Worker\x12\x44\n\x08GetModel\x12\x1e.splitserve.v1.GetModelRequest\x1a\x18.splitserve.v1.ModelInfo2R\n\x07Prefill\x12G\n\x07Prefill\x12\x1d.splitserve.v1.PrefillRequest\x1a\x1b.splitserve.v1.PrefillEvent0\x01\x32\x8e\x01\n\x06\x44\x65\x63ode\x12\x44\n\x06\x44\x65\x63ode\x12\x1c.splitserve.v1.DecodeRequest\x1a\x1a.splitserve.v1.DecodeEvent0\x01\x12>\n\x04\x46\x65\x65\x64\x12\x1a.splitserve.v1.FeedRequest\x1a\x18.splitserve.v1.FeedEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,24 +50,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLACCEPTED']._serialized_end=712
   _globals['_PREFILLDONE']._serialized_start=714
   _globals['_PREFILLDONE']._serialized_end=810
-  _globals['_DECODEREQUEST']._serialized_start=812
-  _globals['_DECODEREQUEST']._serialized_end=911
-  _globals['_DECODEEVENT']._serialized_start=913
-  _globals['_DECODEEVENT']._serialized_end=1033
-  _globals['_DECODEACCEPTED']._serialized_start=1035
-  _globals['_DECODEACCEPTED']._serialized_end=1051
-  _globals['_DECODETOKENS']._serialized_start=1054
-  _globals['_DECODETOKENS']._serialized_end=1202
-  _globals['_GETMODELREQUEST']._serialized_start=1204
-  _globals['_GETMODELREQUEST']._serialized_end=1221
-  _globals['_MODELINFO']._serialized_start=1224
-  _globals['_MODELINFO']._serialized_end=1618
-  _globals['_MODELINFO_SPECIALTOKENSENTRY']._serialized_start=1566
-  _globals['_MODELINFO_SPECIALTOKENSENTRY']._serialized_end=1618
-  _globals['_WORKER']._serialized_start=1620
-  _globals['_WORKER']._serialized_end=1698
-  _globals['_PREFILL']._serialized_start=1700
-  _globals['_PREFILL']._serialized_end=1782
-  _globals['_DECODE']._serialized_start=1784
-  _globals['_DECODE']._serialized_end=1862
+  _globals['_DECODEREQUEST']._serialized_start=813
+  _globals['_DECODEREQUEST']._serialized_end=951
+  _globals['_FEEDSLOT']._serialized_start=953
+  _globals['_FEEDSLOT']._serialized_end=993
+  _globals['_FEEDREQUEST']._serialized_start=995
+  _globals['_FEEDREQUEST']._serialized_end=1008
+  _globals['_FEEDEVENT']._serialized_start=1010
+  _globals['_FEEDEVENT']._serialized_end=1078
+  _globals['_FEEDTOKENS']._serialized_start=1080
+  _globals['_FEEDTOKENS']._serialized_end=1151
+  _globals['_DECODEEVENT']._serialized_start=1153
+  _globals['_DECODEEVENT']._serialized_end=1273
+  _globals['_DECODEACCEPTED']._serialized_start=1275
+  _globals['_DECODEACCEPTED']._serialized_end=1291
+  _globals['_DECODETOKENS']._serialized_start=1294
+  _globals['_DECODETOKENS']._serialized_end=1442
+  _globals['_GETMODELREQUEST']._serialized_start=1444
+  _globals['_GETMODELREQUEST']._serialized_end=1461
+  _globals['_MODELINFO']._serialized_start=1464
+  _globals['_MODELINFO']._serialized_end=1858
+  _globals['_MODELINFO_SPECIALTOKENSENTRY']._serialized_start=1806
+  _globals['_MODELINFO_SPECIALTOKENSENTRY']._serialized_end=1858
+  _globals['_WORKER']._serialized_start=1860
+  _globals['_WORKER']._serialized_end=1938
+  _globals['_PREFILL']._serialized_start=1940
+  _globals['_PREFILL']._serialized_end=2022
+  _globals['_DECODE']._serialized_start=2025
+  _globals['_DECODE']._serialized_end=2167
 # @@protoc_insertion_point(module_scope)

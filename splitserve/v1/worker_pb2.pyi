@@ -79,12 +79,42 @@ class PrefillDone(_message.Message):
     def __init__(self, token: _Optional[_Union[_sampling_pb2.Token, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("sequence", "handle")
+    __slots__ = ("sequence", "handle", "slot")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
     sequence: Sequence
     handle: KvHandle
-    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handle: _Optional[_Union[KvHandle, _Mapping]] = ...) -> None: ...
+    slot: FeedSlot
+    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handle: _Optional[_Union[KvHandle, _Mapping]] = ..., slot: _Optional[_Union[FeedSlot, _Mapping]] = ...) -> None: ...
+
+class FeedSlot(_message.Message):
+    __slots__ = ("feed", "number")
+    FEED_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    feed: int
+    number: int
+    def __init__(self, feed: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+
+class FeedRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FeedEvent(_message.Message):
+    __slots__ = ("feed", "tokens")
+    FEED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    feed: int
+    tokens: _containers.RepeatedCompositeFieldContainer[FeedTokens]
+    def __init__(self, feed: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[FeedTokens, _Mapping]]] = ...) -> None: ...
+
+class FeedTokens(_message.Message):
+    __slots__ = ("slot", "tokens")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    tokens: DecodeTokens
+    def __init__(self, slot: _Optional[int] = ..., tokens: _Optional[_Union[DecodeTokens, _Mapping]] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
     __slots__ = ("accepted", "tokens")

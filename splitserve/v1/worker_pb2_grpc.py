@@ -194,6 +194,11 @@ class DecodeStub:
                 request_serializer=splitserve_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=splitserve_dot_v1_dot_worker__pb2.DecodeEvent.FromString,
                 _registered_method=True)
+        self.Feed = channel.unary_stream(
+                '/splitserve.v1.Decode/Feed',
+                request_serializer=splitserve_dot_v1_dot_worker__pb2.FeedRequest.SerializeToString,
+                response_deserializer=splitserve_dot_v1_dot_worker__pb2.FeedEvent.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer:
@@ -201,8 +206,17 @@ class DecodeServicer:
     """
 
     def Decode(self, request, context):
-        """First message: accepted. Then tokens as they are generated; the last one carries its finish reason.
+        """First message: accepted. Then tokens as they are generated; the last one carries its finish reason. Tokens
+        that go into a feed are missing here; how the request ended is said here in any case.
         UNAVAILABLE if the blocks could not be fetched; what arrived stays cached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Feed(self, request, context):
+        """The tokens of many of the caller's requests, one message for all that a step brings instead of one for each of
+        them. First message: the feed's number, for `DecodeRequest.slot`. The worker ends a feed that no request uses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,6 +229,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=splitserve_dot_v1_dot_worker__pb2.DecodeRequest.FromString,
                     response_serializer=splitserve_dot_v1_dot_worker__pb2.DecodeEvent.SerializeToString,
+            ),
+            'Feed': grpc.unary_stream_rpc_method_handler(
+                    servicer.Feed,
+                    request_deserializer=splitserve_dot_v1_dot_worker__pb2.FeedRequest.FromString,
+                    response_serializer=splitserve_dot_v1_dot_worker__pb2.FeedEvent.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -245,6 +264,33 @@ class Decode:
             '/splitserve.v1.Decode/Decode',
             splitserve_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
             splitserve_dot_v1_dot_worker__pb2.DecodeEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Feed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/splitserve.v1.Decode/Feed',
+            splitserve_dot_v1_dot_worker__pb2.FeedRequest.SerializeToString,
+            splitserve_dot_v1_dot_worker__pb2.FeedEvent.FromString,
             options,
             channel_credentials,
             insecure,

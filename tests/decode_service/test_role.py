@@ -116,6 +116,30 @@ async def test_without_a_handle_it_computes_the_prompt_itself(worker: RunningRol
     await idle(worker)
 
 
+async def test_a_request_with_a_slot_has_its_tokens_in_the_feed(
+    worker: RunningRole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decode_service.feeds.UNUSED_SECONDS", 2.0)
+    alone, cached = await tokens_of(call(worker))
+    stub = worker_pb2_grpc.DecodeStub(worker.channel)
+    feed = aiter(stub.Feed(pb.FeedRequest(), timeout=60))
+    number = (await anext(feed)).feed
+    sequence = worker.sequence(TOKENS, name="fed")
+    events = stub.Decode(pb.DecodeRequest(sequence=sequence, slot=pb.FeedSlot(feed=number, number=3)), timeout=60)
+    assert [event.WhichOneof("event") async for event in events] == ["accepted"]
+    entries = [entry async for event in feed for entry in event.tokens]  # ends by itself
+    assert {entry.slot for entry in entries} == {3}
+    assert [token.id for entry in entries for token in entry.tokens.tokens] == alone
+    assert entries[0].tokens.cached_tokens == (BLOCKS - 1) * 16 > cached
+    await idle(worker)
+
+
+async def test_a_request_whose_feed_has_ended_is_answered_itself(worker: RunningRole) -> None:
+    request = pb.DecodeRequest(sequence=worker.sequence(TOKENS), slot=pb.FeedSlot(feed=1, number=3))
+    answer, _ = await tokens_of(worker_pb2_grpc.DecodeStub(worker.channel).Decode(request, timeout=60))
+    assert len(answer) == 8
+
+
 @pytest.mark.parametrize("blocks", [BLOCKS - 1, BLOCKS + 1])
 async def test_a_handle_with_another_number_of_blocks_is_refused(
     worker: RunningRole, source: BlockServer, blocks: int

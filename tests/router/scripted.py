@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
+from decode_service.feeds import Feeds
 from router.backend import GenerationChunk, GenerationRequest, ModelSpec
 from router.legs import Channels
 from router.orchestrator import Orchestrator
@@ -112,6 +113,7 @@ class ScriptedWorker(worker_pb2_grpc.PrefillServicer, worker_pb2_grpc.DecodeServ
         self._id = id
         self._role = role
         self._script = script
+        self._feeds = Feeds()
 
     def register(self, server: grpc.aio.Server) -> None:
         if self._role is Role.PREFILL:
@@ -145,11 +147,23 @@ class ScriptedWorker(worker_pb2_grpc.PrefillServicer, worker_pb2_grpc.DecodeServ
         call = Call(self._id, self._role, sequence, request.handle.source if pulls else None)
         async with self._script.call(call) as fault:
             yield pb.DecodeEvent(accepted=pb.DecodeAccepted())
-            for index in range(given, end if fault is None else given + fault.after):
-                tokens = pb.DecodeTokens(tokens=[self._script.token(sequence, index)], cached_tokens=32)
-                yield pb.DecodeEvent(tokens=tokens)
+            feed = self._feeds.find(request.slot.feed)
+            with nullcontext() if feed is None else feed.used():
+                for index in range(given, end if fault is None else given + fault.after):
+                    tokens = pb.DecodeTokens(tokens=[self._script.token(sequence, index)], cached_tokens=32)
+                    if feed is None:
+                        yield pb.DecodeEvent(tokens=tokens)
+                    else:
+                        feed.put(request.slot.number, tokens)
             if fault is not None:
                 await self._script.play(fault)
+
+    async def Feed(
+        self, request: pb.FeedRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[pb.FeedEvent, None]:
+        async with aclosing(self._feeds.events()) as events:
+            async for event in events:
+                yield event
 
 
 class ScriptedCluster:
