@@ -66,7 +66,8 @@ class Worker(worker_pb2_grpc.DecodeServicer):
 
 
 @pytest.fixture
-async def worker() -> Worker:
+async def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    monkeypatch.setattr("decode_service.feeds.UNUSED_SECONDS", 30.0)
     return Worker()
 
 
