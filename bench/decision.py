@@ -30,7 +30,7 @@ from router.snapshot import ClusterView
 from splitserve.cluster import Role, WorkerInfo
 from splitserve.directory import Directory
 from splitserve.errors import ConfigError
-from splitserve.hashing import block_hashes, chain_root
+from splitserve.hashing import PrefixHasher
 from splitserve.redis_server import PrivateRedis
 from splitserve.sampling import SamplingParams
 
@@ -97,7 +97,7 @@ async def _decide(
     times: Times,
 ) -> None:
     began = time.perf_counter()
-    hashes = block_hashes(chain_root(bytes.fromhex(spec.fingerprint)), prompt, spec.block_tokens)
+    hashes = PrefixHasher(bytes.fromhex(spec.fingerprint)).next_blocks(prompt, spec.block_tokens)
     times.add("of these, names of the prompt's blocks", began)
     for worker in random.sample(workers, max(1, len(workers) // 10)):
         await directory.apply_block_events(worker, hashes[: random.randrange(1, len(hashes) + 1)], [])

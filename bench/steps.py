@@ -22,6 +22,7 @@ from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.weights import open_model
 from kernels.cpu.backend import CpuKernels
+from splitserve.hashing import PrefixHasher
 from splitserve.models import resolve_model
 from splitserve.sampling import SamplingParams
 
@@ -36,7 +37,8 @@ def sequences(count: int, tokens: int, computed: int) -> list[Sequence]:
     for i in range(count):
         ids = torch.randint(100, 40000, (tokens,)).tolist()
         params = SamplingParams(temperature=0)
-        sequence = Sequence(f"s{i}", ids, tokens, params, frozenset(), 1 << 20, b"", num_computed=computed)
+        hasher = PrefixHasher(b"")
+        sequence = Sequence(f"s{i}", ids, tokens, params, frozenset(), 1 << 20, hasher, num_computed=computed)
         blocks = -(-tokens // 16)
         sequence.blocks = list(range(i * blocks, (i + 1) * blocks))
         made.append(sequence)

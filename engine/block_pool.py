@@ -40,7 +40,7 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def match(self, hashes: Iterable[BlockHash]) -> list[int]:
-        """Blocks that hold the longest known prefix of a chain of hashes. Takes no reference."""
+        """Blocks that hold the longest known prefix of ``hashes``. Takes no reference."""
         blocks: list[int] = []
         for name in hashes:
             block = self._block_of.get(name)

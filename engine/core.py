@@ -21,7 +21,7 @@ from engine.sequence import EngineOutput, EngineRequest, Sequence, Status
 from engine.stats import EngineStats
 from engine.weights import ModelFiles
 from splitserve.errors import DeadlineExceeded, EngineError, InvalidRequest, SplitServeError
-from splitserve.hashing import BlockHash, chain_root
+from splitserve.hashing import BlockHash, PrefixHasher
 from splitserve.sampling import TokenOutput
 
 log = logging.getLogger(__name__)
@@ -126,8 +126,8 @@ class Engine:
         self.validate(request)
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
-        root = chain_root(self.runner.fingerprint, request.salt)
-        sequence = Sequence.from_request(request, self._eos_ids, self.max_model_len, root, loads=loads)
+        hasher = PrefixHasher(self.runner.fingerprint, request.salt)
+        sequence = Sequence.from_request(request, self._eos_ids, self.max_model_len, hasher, loads=loads)
         self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)
 

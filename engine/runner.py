@@ -34,6 +34,7 @@ from kernels import AttentionBatch, AttentionShape, Kernels, SampleParams, load_
 from kernels.cpu.build import BuildError
 from kernels.memory import zeros
 from splitserve.errors import ConfigError
+from splitserve.hashing import PrefixHasher
 from splitserve.layout import KVLayout
 from splitserve.sampling import SamplingParams
 
@@ -227,7 +228,8 @@ class Runner:
 
     def _made_up(self, num_rows: int, blocks: list[int]) -> Sequence:
         params = SamplingParams(temperature=0)
-        sequence = Sequence("warm-up", [0] * num_rows, num_rows, params, frozenset(), self.max_model_len, b"")
+        hasher = PrefixHasher(self.fingerprint)
+        sequence = Sequence("warm-up", [0] * num_rows, num_rows, params, frozenset(), self.max_model_len, hasher)
         sequence.blocks = blocks
         return sequence
 

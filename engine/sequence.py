@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from splitserve.hashing import BlockHash, child_hash
+from splitserve.hashing import BlockHash, PrefixHasher
 from splitserve.sampling import FinishReason, Logprobs, SamplingParams, TokenOutput
 
 
@@ -67,7 +67,7 @@ class Sequence:
     params: SamplingParams
     eos_ids: frozenset[int]
     max_len: int  # longest prompt plus answer
-    root: BlockHash  # parent of the first block's hash
+    hasher: PrefixHasher  # has seen the blocks that `hashes` name
     export: bool = False
     loads: bool = False  # blocks of the prompt come from elsewhere (`Status.LOADING` first)
     deadline: float | None = None  # monotonic time after which it is not begun
@@ -92,7 +92,7 @@ class Sequence:
 
     @classmethod
     def from_request(
-        cls, request: EngineRequest, eos_ids: frozenset[int], max_len: int, root: BlockHash, *, loads: bool
+        cls, request: EngineRequest, eos_ids: frozenset[int], max_len: int, hasher: PrefixHasher, *, loads: bool
     ) -> Sequence:
         tokens = list(request.tokens)
         num_prompt = len(tokens) if request.num_prompt is None else request.num_prompt
@@ -103,7 +103,7 @@ class Sequence:
             request.params,
             eos_ids,
             max_len,
-            root,
+            hasher,
             request.export,
             loads,
             request.deadline,
@@ -134,10 +134,9 @@ class Sequence:
 
     def hash_blocks(self, block_tokens: int) -> list[BlockHash]:
         """Hashes of all full blocks of ``tokens``; each is computed once."""
-        while (len(self.hashes) + 1) * block_tokens <= len(self.tokens):
-            start = len(self.hashes) * block_tokens
-            parent = self.hashes[-1] if self.hashes else self.root
-            self.hashes.append(child_hash(parent, self.tokens[start : start + block_tokens]))
+        start = len(self.hashes) * block_tokens
+        if len(self.tokens) - start >= block_tokens:
+            self.hashes += self.hasher.next_blocks(self.tokens[start:], block_tokens)
         return self.hashes
 
     def append(self, token: int) -> None:

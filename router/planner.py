@@ -21,7 +21,7 @@ from router.snapshot import ClusterView
 from splitserve.cluster import WorkerState
 from splitserve.directory import Directory
 from splitserve.errors import Overloaded, Unavailable
-from splitserve.hashing import BlockHash, block_hashes, chain_root
+from splitserve.hashing import BlockHash, PrefixHasher
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ class Planner:
             usable = self._view.breakers.usable(states, now)
             blocks = math.ceil(max(hits) * len(tokens) / spec.block_tokens)
             plan(demand, {s.info.id: blocks for s in usable}, usable, self._config, rng=self._rng)
-        root = chain_root(bytes.fromhex(spec.fingerprint), request.cache_salt)
-        hashes = block_hashes(root, tokens, spec.block_tokens)
+        hasher = PrefixHasher(bytes.fromhex(spec.fingerprint), request.cache_salt)
+        hashes = hasher.next_blocks(tokens, spec.block_tokens)
         known = await self._owned(hashes, states)
         self._remember()
         owned = either(known, self._recent.longest_prefix(hashes, now))

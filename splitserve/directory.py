@@ -146,7 +146,7 @@ class Directory:
         return {id: int(reply) for id, reply in zip(worker_ids, replies, strict=True) if reply is not None}
 
     async def longest_prefix(self, hashes: Sequence[bytes], workers: Sequence[tuple[str, int]]) -> dict[str, int]:
-        """Number of leading blocks of a chain that each ``(worker id, epoch)`` owns, in one round trip.
+        """Number of leading blocks of a prompt that each ``(worker id, epoch)`` owns, in one round trip.
 
         All hashes are equally long.
         """

@@ -1,7 +1,7 @@
-"""Names of full KV blocks: a chain of SHA-256 over the model's fingerprint, the salt and the token ids.
+"""Names of full KV blocks: SHA-256 over the model's fingerprint, the salt and all token ids to the block's end.
 
 Invariant: equal hashes mean equal contents on any worker, since a hash covers everything that the contents
-depend on: the model and layout (the root), the tenant's salt, and all tokens from the start of the sequence.
+depend on: the model and layout (the fingerprint), the tenant's salt, and all tokens from the sequence's start.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ from collections.abc import Sequence
 BlockHash = bytes  # 32 bytes
 
 
-def chain_root(fingerprint: bytes, salt: str = "") -> BlockHash:
-    """Parent of a sequence's first block."""
-    return hashlib.sha256(b"root" + fingerprint + salt.encode()).digest()
+class PrefixHasher:
+    """Names the blocks of one sequence, in order, as its tokens become known."""
 
+    def __init__(self, fingerprint: bytes, salt: str = "") -> None:
+        # behind a root of fixed length no salt can pass for tokens
+        root = hashlib.sha256(b"root" + fingerprint + salt.encode()).digest()
+        self._sha256 = hashlib.sha256(root)  # of all blocks named so far
 
-def child_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
-    """Name of the block that holds ``tokens`` behind the block named ``parent``."""
-    return hashlib.sha256(parent + array("I", tokens).tobytes()).digest()
-
-
-def block_hashes(root: BlockHash, tokens: Sequence[int], block_tokens: int) -> list[BlockHash]:
-    """Hashes of the full blocks of ``tokens``, in order; a partial last block has none."""
-    hashes, parent, sha256 = [], root, hashlib.sha256
-    packed = array("I", tokens)
-    data, size = packed.tobytes(), block_tokens * packed.itemsize
-    for (block,) in struct.iter_unpack(f"{size}s", data[: len(data) // size * size]):
-        parent = sha256(parent + block).digest()
-        hashes.append(parent)
-    return hashes
+    def next_blocks(self, tokens: Sequence[int], block_tokens: int) -> list[BlockHash]:
+        """Hashes of the next blocks, which ``tokens`` fill; those of a partial last block are left for later."""
+        hashes, update, digest = [], self._sha256.update, self._sha256.digest
+        packed = array("I", tokens)
+        data, size = packed.tobytes(), block_tokens * packed.itemsize
+        for (block,) in struct.iter_unpack(f"{size}s", data[: len(data) // size * size]):
+            update(block)
+            hashes.append(digest())
+        return hashes

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3  # of what travels between workers, and of how blocks are named
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,6 @@ class KVLayout:
         )
 
     def fingerprint(self, model_digest: str) -> bytes:
-        """32 bytes that name model, layout and protocol; the root of every chain of block hashes."""
+        """32 bytes that name model, layout and protocol; every block's hash begins with it."""
         text = f"splitserve/{PROTOCOL_VERSION}|{model_digest}|{self.describe()}"
         return hashlib.sha256(text.encode()).digest()

@@ -22,6 +22,7 @@ from kernels.interface import AttentionBatch, KvScales
 from kernels.triton import rows, transfer
 from kernels.triton.backend import OLDEST_FP8
 from kvtransfer.checksums import checksum_words
+from splitserve.hashing import PrefixHasher
 
 BLOCK = 16
 FP8 = torch.float8_e4m3fn
@@ -188,7 +189,8 @@ def _logits(bench: Bench, quantization: str | None) -> Tensor:
         quantization=quantization, max_num_seqs=1, max_num_batched_tokens=64, gpu_memory_utilization=0.3
     )
     greedy = SamplingParams(temperature=0)
-    sequence = Sequence("check", tokens, len(tokens), greedy, frozenset(), engine.runner.max_model_len, b"")
+    longest, hasher = engine.runner.max_model_len, PrefixHasher(b"")
+    sequence = Sequence("check", tokens, len(tokens), greedy, frozenset(), longest, hasher)
     sequence.blocks = [0, 1]
     logits = engine.runner.launch([Scheduled.of(sequence, len(tokens))]).logits.cpu()
     del engine

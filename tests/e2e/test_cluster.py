@@ -99,9 +99,9 @@ async def test_redis_shows_the_blocks_under_both_workers(tiny_cluster: RunningCl
     async with Directory(tiny_cluster.redis_url) as directory, asyncio.timeout(30):
         states = await directory.workers()
         fingerprint = bytes.fromhex(states[0].info.fingerprint)
-        from splitserve.hashing import block_hashes, chain_root
+        from splitserve.hashing import PrefixHasher
 
-        hashes = block_hashes(chain_root(fingerprint), tokens, 16)
+        hashes = PrefixHasher(fingerprint).next_blocks(tokens, 16)
         workers = [(s.info.id, s.info.epoch) for s in states]
         while set((await directory.longest_prefix(hashes, workers)).values()) != {5}:
             await asyncio.sleep(0.05)

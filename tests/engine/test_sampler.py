@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine import sampler
 from engine.sampler import Sampled, uniform
 from engine.sequence import EngineRequest, Sequence
+from splitserve.hashing import PrefixHasher
 from splitserve.sampling import SamplingParams
 
 VOCAB = 50
@@ -17,7 +18,7 @@ VOCAB = 50
 
 def sequence(params: SamplingParams, prompt: tuple[int, ...] = (1,), generated: tuple[int, ...] = ()) -> Sequence:
     request = EngineRequest("r", [*prompt, *generated], params, num_prompt=len(prompt))
-    return Sequence.from_request(request, frozenset({49}), 1000, b"", loads=False)
+    return Sequence.from_request(request, frozenset({49}), 1000, PrefixHasher(b""), loads=False)
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled | None]:

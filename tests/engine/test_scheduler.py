@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from engine.block_pool import BlockPool
 from engine.scheduler import Scheduler
 from engine.sequence import EngineRequest, Sequence, Status
+from splitserve.hashing import PrefixHasher
 from splitserve.sampling import SamplingParams
 
 B = 16
@@ -20,7 +21,7 @@ def make_sequence(
 ) -> Sequence:
     ids = list(range(first, first + tokens))
     request = EngineRequest(name, ids, SamplingParams(max_tokens=new), export=export)
-    return Sequence.from_request(request, frozenset(), 4096, b"root", loads=loads)
+    return Sequence.from_request(request, frozenset(), 4096, PrefixHasher(b"root"), loads=loads)
 
 
 def step(scheduler: Scheduler) -> dict[str, int]:
@@ -97,6 +98,19 @@ def test_the_youngest_is_preempted_when_blocks_run_out() -> None:
         step(scheduler)
     assert old.status is Status.RUNNING
     assert young.status is Status.WAITING and not young.blocks
+
+
+def test_a_sequence_that_was_preempted_names_its_blocks_as_a_whole_one_does() -> None:
+    scheduler = make_scheduler(blocks=5, budget=64)
+    sequences = [make_sequence("old", 31, 40), make_sequence("young", 30, 40, first=500)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+    assert scheduler.num_preemptions
+    for sequence in sequences:
+        assert sequence.hash_blocks(B) == PrefixHasher(b"root").next_blocks(sequence.tokens, B)
+        assert len(sequence.hashes) == 4
 
 
 def test_exports_keep_their_blocks_until_they_are_released() -> None:

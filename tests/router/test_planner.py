@@ -13,7 +13,7 @@ from router.snapshot import ClusterView
 from splitserve.cluster import Role, WorkerInfo, WorkerLoad
 from splitserve.directory import Directory
 from splitserve.errors import InvalidRequest, Overloaded, Unavailable
-from splitserve.hashing import BlockHash, block_hashes, chain_root
+from splitserve.hashing import BlockHash, PrefixHasher
 from splitserve.redis_server import PrivateRedis
 from splitserve.sampling import SamplingParams
 from tests.router.scripted import MakeWorker
@@ -44,7 +44,7 @@ async def planner(directory: Directory, workers: list[WorkerInfo]) -> AsyncItera
 
 
 async def own(directory: Directory, worker: WorkerInfo, spec: ModelSpec, blocks: int, salt: str = "") -> None:
-    hashes = block_hashes(chain_root(bytes.fromhex(spec.fingerprint), salt), TOKENS, spec.block_tokens)
+    hashes = PrefixHasher(bytes.fromhex(spec.fingerprint), salt).next_blocks(TOKENS, spec.block_tokens)
     await directory.apply_block_events(worker, hashes[:blocks], [])
 
 
