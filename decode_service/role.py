@@ -94,7 +94,7 @@ class DecodeRole(worker_pb2_grpc.DecodeServicer):
             outputs = self._continue(sequence, work, _handle_from_proto(request.handle))
         else:
             outputs = self._engine.generate(work)
-        feed = self._feeds.find(request.slot.feed) if request.HasField("slot") else None
+        feed = self._feeds.find(request.slot.feed)
         first = True
         async with aclosing(outputs):
             with nullcontext() if feed is None else feed.used():

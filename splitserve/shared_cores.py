@@ -12,7 +12,9 @@ from pathlib import Path
 
 from splitserve.errors import ConfigError
 
-COLUMNS = 16  # int32 in a row: 0 the owner is at work, 1 who borrows the core, 2 calls that borrowers have joined
+# int32 in a row: 0 the owner is at work, 1 who borrows the core, 2 calls that borrowers have joined, 3 items that
+# they began there and ended on another core
+COLUMNS = 16
 
 
 def create_table(path: Path, cores: Collection[int]) -> None:

@@ -22,6 +22,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr auto kLinger = std::chrono::microseconds(40);
 constexpr int kNice = 10;  // of a thread on a spare core: behind what its owner's event loop does there
+constexpr int kSpins = 2000;  // of a caller that waits for the last items: about 0.1 ms
+constexpr int kLooks = 20;    // yields, until it knows who has not computed meanwhile
+constexpr long kIdleNs = 2000;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -113,9 +116,41 @@ void Pool::run(long items, void (*fn)(void*, long), void* ctx) {
   open_ = false;
   for (int spins = 0; active_.load() != 0; spins++) {
     relax();
-    if (spins > 2000) std::this_thread::yield();
+    if (spins < kSpins) continue;
+    if (spins == kSpins) note_times();
+    if (spins == kSpins + kLooks) fetch_pushed_aside(), spins = kSpins - 1;
+    std::this_thread::yield();
   }
 }
+
+#if defined(__linux__)
+static long nanoseconds(clockid_t clock) {
+  timespec now;
+  return clock_gettime(clock, &now) == 0 ? now.tv_sec * 1000000000L + now.tv_nsec : 0;
+}
+
+void Pool::note_times() {
+  for (Spare& spare : spares_)
+    if (spare.active.load()) spare.used = nanoseconds(spare.clock);
+}
+
+// Brings to the caller's cores who has not computed since `note_times`: the caller has nothing to do but to wait for
+// it. Its own core may be busy for milliseconds, and an item takes a tenth of one.
+void Pool::fetch_pushed_aside() {
+  cpu_set_t here;
+  for (Spare& spare : spares_) {
+    if (!spare.active.load() || spare.fetched.load() || nanoseconds(spare.clock) - spare.used > kIdleNs) continue;
+    if (pthread_getaffinity_np(pthread_self(), sizeof here, &here) != 0 ||
+        pthread_setaffinity_np(spare.thread, sizeof here, &here) != 0)
+      continue;
+    spare.fetched = true;
+    spare.core->fetched.fetch_add(1, std::memory_order_relaxed);
+  }
+}
+#else
+void Pool::note_times() {}
+void Pool::fetch_pushed_aside() {}
+#endif
 
 void Pool::work() {
   long seen = 0;
@@ -139,6 +174,10 @@ void Pool::work() {
 
 void Pool::work_on(Spare& spare, int core) {
   if (!move_to(core)) return;  // the caller computes without it
+#if defined(__linux__)
+  spare.thread = pthread_self();
+  if (pthread_getcpuclockid(spare.thread, &spare.clock) != 0) return;
+#endif
   long seen = 0;
   while (true) {
     auto until = Clock::now() + kLinger;
@@ -152,13 +191,17 @@ void Pool::work_on(Spare& spare, int core) {
       spare.asleep = false;
     }
     if (stop_) return give_back(spare);
+    if (spare.fetched.exchange(false)) move_to(core);
     seen = generation_.load();
+    spare.active = true;
     active_.fetch_add(1);
     if (open_.load()) {
       spare.core->calls.fetch_add(1, std::memory_order_relaxed);
-      drain([&] { return spare.core->working.load(std::memory_order_relaxed) == 0; });
+      drain([&] { return spare.core->working.load(std::memory_order_relaxed) == 0 && !spare.fetched.load(); });
     }
+    spare.active = false;
     active_.fetch_sub(1);
+    if (spare.fetched.exchange(false)) move_to(core);
   }
 }
 

@@ -2,9 +2,15 @@
 //
 // Threads sleep on a condition variable when idle; after a call they look for the next one for a few tens of
 // microseconds, so that the calls of one model step find them awake. A thread on a spare core, one that belongs to
-// another process, takes items only while that process has nothing to compute, and looks before each. Knows nothing
-// of tensors.
+// another process, takes items only while that process has nothing to compute, and looks before each. If others push
+// it aside in the middle of an item, for which everybody waits, it ends that one on the caller's core. Knows nothing of
+// tensors.
 #pragma once
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <time.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -20,6 +26,7 @@ struct alignas(64) SharedCore {
   std::atomic<int32_t> working;   // its owner computes
   std::atomic<int32_t> borrower;  // who computes on it meanwhile; 0: nobody
   std::atomic<int32_t> calls;     // that borrowers have joined
+  std::atomic<int32_t> fetched;   // items of theirs that were ended on another core
 };
 
 // The cores of idle neighbours. `table` has a row for each core of the machine; `borrower` names this process.
@@ -42,6 +49,13 @@ class Pool {
   struct Spare {
     SharedCore* core;
     std::atomic<bool> asleep{false};
+    std::atomic<bool> active{false};  // may hold an item; `thread` and `clock` are known then
+    std::atomic<bool> fetched{false};  // moved to the caller's cores: ends its item there and goes home
+#if defined(__linux__)
+    pthread_t thread;
+    clockid_t clock;  // of its processor time
+    long used = 0;    // processor time when the caller looked last, ns
+#endif
   };
 
   void work();
@@ -49,6 +63,8 @@ class Pool {
   bool free(const Spare& spare) const;
   bool borrow(Spare& spare);
   void give_back(Spare& spare);
+  void note_times();
+  void fetch_pushed_aside();
   template <class Go>
   void drain(Go go_on);
 

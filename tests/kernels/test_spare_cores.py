@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from kernels.cpu.backend import CpuKernels
 from kernels.cpu.build import BuildError
 
 ME, OTHER = 7, 8
-WORKING, BORROWER, CALLS = 0, 1, 2
+WORKING, BORROWER, CALLS, FETCHED = 0, 1, 2, 3
 CORE = max(os.sched_getaffinity(0))
 pytestmark = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="there is one core, and it is the caller's"
@@ -101,6 +105,36 @@ def test_a_core_that_the_process_may_not_use_is_done_without() -> None:
         pytest.skip(str(error))
     assert borrower.call(300) == 0
     borrower.kernels.close()
+
+
+def homes() -> list[set[int]]:
+    """Where each thread of this process may run."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            found.append(os.sched_getaffinity(int(task.name)))
+    return found
+
+
+def test_what_others_push_aside_is_ended_on_the_callers_core(borrower: Borrower) -> None:
+    large = borrower.kernels.pack_linear(torch.randn(16384, 1024), None)
+    x = torch.randn(8, 1024)
+    expected = large(x)
+    borrower.call_until_joined()
+    pin = f"import os; os.sched_setaffinity(0, [{CORE}])"
+    with subprocess.Popen([sys.executable, "-c", f"{pin}\nwhile True: pass"]) as crowd:
+        try:
+            until = time.monotonic() + 60
+            while int(borrower.row[FETCHED]) == 0:
+                assert torch.equal(large(x), expected)
+                assert time.monotonic() < until, "nothing was ever fetched"
+        finally:
+            crowd.kill()
+    borrower.call_until_joined()
+    until = time.monotonic() + 30
+    while {CORE} not in homes():  # it goes home behind its last item
+        borrower.call()
+        assert time.monotonic() < until, "it never came home"
 
 
 def test_an_idle_borrower_uses_no_cpu(borrower: Borrower) -> None:
