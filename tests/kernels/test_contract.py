@@ -59,9 +59,10 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 
 def assert_near(got: Tensor, exact: Tensor, terms: int = 1) -> None:
-    """Within a few roundings of the dtype; ``terms`` is how many products of unit size were summed."""
+    """Within a few roundings of the dtype; ``terms`` is how many products of unit size were summed. For 1,536 of
+    them the bound of float32 is six standard deviations of a sum in order."""
     assert got.shape == exact.shape
-    bound = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}[got.dtype]
+    bound = {torch.float32: 6e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}[got.dtype]
     torch.testing.assert_close(got.double(), exact, rtol=bound, atol=bound * terms**0.5)
 
 
