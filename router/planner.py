@@ -17,7 +17,7 @@ from router.backend import GenerationRequest, ModelSpec
 from router.breaker import Incarnation
 from router.policy import Demand, Plan, PolicyConfig, plan
 from router.recent_prompts import RecentPrompts, either
-from router.snapshot import ClusterView
+from router.snapshot import ClusterView, ModelPool
 from splitserve.cluster import WorkerState
 from splitserve.directory import Directory
 from splitserve.errors import Overloaded, Unavailable
@@ -37,7 +37,7 @@ class Planner:
         self._rng = random.Random()
         self._recent: RecentPrompts[BlockHash] = RecentPrompts()
         self._sent: deque[tuple[str, list[BlockHash], float]] = deque()  # what `_recent` is still to be told
-        self._full: set[str] = set()  # models whose last plan was refused for lack of room
+        self._refused: set[str] = set()  # models whose last plan was, for lack of room or of workers
         self._hits: dict[str, deque[float]] = {}  # of each model's last prompts, the cached part
 
     async def plan(
@@ -46,9 +46,6 @@ class Planner:
         """Workers for a sequence of ``tokens``: the prompt and what was generated. Raises as `policy.plan`.
 
         ``excluded`` have failed this request; one that was restarted since has not."""
-        pool = self._view.pool(spec.name)
-        if pool is None or pool.fingerprint != spec.fingerprint:
-            raise Unavailable(f"no worker of {spec.name} is ready")
         given = len(tokens) - len(request.prompt_tokens)
         now = asyncio.get_running_loop().time()
         demand = Demand(
@@ -56,28 +53,34 @@ class Planner:
             max_new_tokens=max(1, (request.sampling.max_tokens or 1) - given),
             seconds_left=None if request.deadline is None else request.deadline - now,
         )
-        states = tuple(s for s in pool.states if (s.info.id, s.info.epoch) not in excluded)
         if request.sampling.prompt_logprobs is not None:
             # log probabilities of a prompt need all of it computed, and only decode events carry them
+            states = _members(self._view.pool(spec.name), spec, excluded)
             states = tuple(s for s in states if s.info.role == "decode")
             return plan(demand, {}, states, self._config, rng=self._rng)
         hits = self._hits.setdefault(spec.name, deque([1.0], maxlen=_HITS))
-        if spec.name in self._full and not excluded:  # a refusal under overload costs no hash and no round trip
+        if spec.name in self._refused and not excluded:  # another refusal costs no hash and no round trip
+            states = _members(self._view.pool(spec.name), spec, excluded)
             usable = self._view.breakers.usable(states, now)
             blocks = math.ceil(max(hits) * len(tokens) / spec.block_tokens)
             plan(demand, {s.info.id: blocks for s in usable}, usable, self._config, rng=self._rng)
         hasher = PrefixHasher(bytes.fromhex(spec.fingerprint), request.cache_salt)
         hashes = hasher.next_blocks(tokens, spec.block_tokens)
-        known = await self._owned(hashes, states)
+        incarnations = self._view.incarnations(spec.name, spec.fingerprint)
+        async with asyncio.TaskGroup() as group:
+            asked = group.create_task(self._owned(hashes, [i for i in incarnations if i not in excluded]))
+            await asyncio.sleep(0)  # the question goes out; while Redis works on it there is time for the view
+            pool = self._view.pool(spec.name)
         self._remember()
-        owned = either(known, self._recent.longest_prefix(hashes, now))
+        owned = either(asked.result(), self._recent.longest_prefix(hashes, now))
         hits.append(max(owned.values(), default=0) / max(1, len(hashes)))
         try:
+            states = _members(pool, spec, excluded)
             chosen = plan(demand, owned, self._view.breakers.usable(states, now), self._config, rng=self._rng)
-        except Overloaded:
-            self._full.add(spec.name)
+        except (Overloaded, Unavailable):
+            self._refused.add(spec.name)
             raise
-        self._full.discard(spec.name)
+        self._refused.discard(spec.name)
         if chosen.prefill is not None:
             until = now + chosen.first_token_seconds + ANNOUNCE_SECONDS
             self._sent.append((chosen.prefill.info.id, hashes, until))
@@ -90,12 +93,21 @@ class Planner:
         while self._sent:
             self._recent.add(*self._sent.popleft())
 
-    async def _owned(self, hashes: Sequence[BlockHash], states: Sequence[WorkerState]) -> Mapping[str, int]:
+    async def _owned(self, hashes: Sequence[BlockHash], workers: Sequence[Incarnation]) -> Mapping[str, int]:
         """Leading blocks of the sequence that each worker has, in one round trip."""
         if not hashes or self._view.stale:
             return {}
         try:
-            return await self._directory.longest_prefix(hashes, [(s.info.id, s.info.epoch) for s in states])
+            return await self._directory.longest_prefix(hashes, workers)
         except Unavailable as error:
             log.warning("planning without the directory: %s", error)
             return {}
+
+
+def _members(
+    pool: ModelPool | None, spec: ModelSpec, excluded: Collection[Incarnation]
+) -> tuple[WorkerState, ...]:
+    """Raises Unavailable if the workers of ``spec`` are gone or others have taken their place."""
+    if pool is None or pool.fingerprint != spec.fingerprint:
+        raise Unavailable(f"no worker of {spec.name} is ready")
+    return tuple(s for s in pool.states if (s.info.id, s.info.epoch) not in excluded)

@@ -70,6 +70,7 @@ class ClusterView:
         self.breakers = breakers or Breakers()
         self._seen: dict[str, _Sighting] = {}
         self._in_flight: defaultdict[Incarnation, set[_InFlight]] = defaultdict(set)
+        self._incarnations: dict[tuple[str, str], list[Incarnation]] = {}  # model, fingerprint -> those seen
         self._chosen: dict[str, str] = {}  # model -> fingerprint of the group in use
         self._mismatches: set[tuple[str, frozenset[str]]] = set()
         self._refreshed_at: float | None = None
@@ -133,6 +134,10 @@ class ClusterView:
             return None
         chosen = self._choose(model, groups)
         return ModelPool(model, chosen, tuple(groups[chosen]))
+
+    def incarnations(self, model: str, fingerprint: str) -> Sequence[Incarnation]:
+        """All that serve ``model`` with this fingerprint, also those that are left alone for a while."""
+        return self._incarnations.get((model, fingerprint), ())
 
     def states(self) -> list[WorkerState]:
         """All workers in the view, whatever their model, with this router's own requests counted in."""
@@ -201,6 +206,9 @@ class ClusterView:
             if loop.time() - believed_at < self._directory.lease_seconds:
                 found[id] = self._seen[id]
         before, self._seen = self._seen, found
+        self._incarnations = {}
+        for info in (sighting.state.info for sighting in found.values()):
+            self._incarnations.setdefault((info.model, info.fingerprint), []).append((info.id, info.epoch))
         self._note_changes(before, found)
         self.breakers.keep({(s.state.info.id, s.state.info.epoch) for s in found.values()}, loop.time())
         self._refreshed_at = loop.time()

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from router.backend import GenerationRequest, ModelSpec
+from router.breaker import Incarnation
 from router.planner import _HITS, Planner
 from router.policy import PolicyConfig
-from router.snapshot import ClusterView
+from router.snapshot import ClusterView, ModelPool
 from splitserve.cluster import Role, WorkerInfo, WorkerLoad
 from splitserve.directory import Directory
 from splitserve.errors import InvalidRequest, Overloaded, Unavailable
@@ -113,6 +114,60 @@ async def test_under_overload_a_refusal_asks_nobody(planner: Planner, spec: Mode
     for _ in range(2):
         await planner.plan(request(), spec, TOKENS, ())
     assert len(lookups) == 3
+
+
+async def test_while_no_worker_is_ready_one_refusal_in_a_row_asks_anybody(
+    planner: Planner, spec: ModelSpec, lookups: list[int]
+) -> None:
+    changed = replace(spec, fingerprint="11" * 32)
+    for _ in range(3):
+        with pytest.raises(Unavailable, match="no worker of"):
+            await planner.plan(request(), changed, TOKENS, ())
+    assert len(lookups) == 1
+    await planner.plan(request(), spec, TOKENS, ())
+    assert len(lookups) == 2
+
+
+async def test_the_view_is_read_while_the_directory_is_asked(
+    planner: Planner, spec: ModelSpec, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, ask, read = list[str](), directory.longest_prefix, planner._view.pool
+
+    async def asked(hashes: Sequence[BlockHash], workers: Sequence[Incarnation]) -> dict[str, int]:
+        events.append("asked")
+        owned = await ask(hashes, workers)
+        events.append("answered")
+        return owned
+
+    def noted(model: str) -> ModelPool | None:
+        events.append("read")
+        return read(model)
+
+    monkeypatch.setattr(directory, "longest_prefix", asked)
+    monkeypatch.setattr(planner._view, "pool", noted)
+    await planner.plan(request(), spec, TOKENS, ())
+    assert events == ["asked", "read", "answered"]
+
+
+async def test_a_plan_that_is_cancelled_asks_no_longer(
+    planner: Planner, spec: ModelSpec, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, asked = list[str](), asyncio.Event()
+
+    async def silent(hashes: Sequence[BlockHash], workers: Sequence[Incarnation]) -> dict[str, int]:
+        asked.set()
+        try:
+            return await asyncio.Future[dict[str, int]]()
+        finally:
+            events.append("ended")
+
+    monkeypatch.setattr(directory, "longest_prefix", silent)
+    planning = asyncio.create_task(planner.plan(request(), spec, TOKENS, ()))
+    await asked.wait()
+    planning.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await planning
+    assert events == ["ended"]
 
 
 @pytest.mark.parametrize("cached_lately", [False, True])

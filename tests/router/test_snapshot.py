@@ -238,6 +238,20 @@ async def test_different_fingerprints_are_never_mixed_and_named_once(
     assert "d1, p1: bbbbbbbbbbbb (32 tokens" in caplog.text
 
 
+async def test_incarnations_are_those_of_one_fingerprint_whatever_their_breakers_say(
+    directory: Directory, view: ClusterView, make_worker: MakeWorker
+) -> None:
+    first, second = [await directory.register(make_worker(name, fingerprint="aa" * 32)) for name in ("d0", "d1")]
+    await directory.register(make_worker("d2", fingerprint="bb" * 32))
+    await view.refresh()
+    gone(view, first)
+    assert list(view.incarnations("tiny", "aa" * 32)) == [("d0", first.epoch), ("d1", second.epoch)]
+    await directory.unregister(first)
+    await view.refresh()
+    assert list(view.incarnations("tiny", "aa" * 32)) == [("d1", second.epoch)]
+    assert not view.incarnations("other", "aa" * 32)
+
+
 async def test_the_group_in_use_stays_in_use_while_it_can_decode(
     directory: Directory, view: ClusterView, make_worker: MakeWorker
 ) -> None:
